@@ -1,0 +1,30 @@
+"""Data-free compression of PyTorch models (DF-MPC, arXiv 2307.00498): the public API, loaded on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import compress as compress
+    from .api import run as run
+    from .artifact.loader import load as load
+    from .artifact.loader import load_state_dict as load_state_dict
+    from .artifact.verify import verify as verify
+
+_HOMES = {
+    "compress": ".api",
+    "run": ".api",
+    "load": ".artifact.loader",
+    "load_state_dict": ".artifact.loader",
+    "verify": ".artifact.verify",
+}
+__all__ = ["__version__", "compress", "load", "load_state_dict", "run", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,129 @@
+"""The job file, version 1, as pydantic models; ``dfmpc schema`` prints their JSON Schema."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .methods import BitPlan, Bits, Granularity, Strict
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|B)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)")
+_FACTORS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "s": 1, "m": 60, "h": 3600}
+
+
+def _quantity(pattern: re.Pattern[str], example: str) -> BeforeValidator:
+    def parse(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        match = pattern.fullmatch(value.strip())
+        if not match:
+            raise ValueError(f"expected a number with a unit, such as {example}")
+        return float(match.group(1)) * _FACTORS[match.group(2)]
+
+    return BeforeValidator(parse)
+
+
+ByteSize = Annotated[float, _quantity(_SIZE, "16GiB"), Field(gt=0)]
+Seconds = Annotated[float, _quantity(_DURATION, "30m"), Field(gt=0)]
+
+
+class Preprocess(Strict):
+    """How an image becomes a network's input; ``mean`` and ``std`` act on pixels in 0-1."""
+
+    mean: tuple[float, float, float] | None = Field(None, description="Per-channel mean that is subtracted.")
+    std: tuple[float, float, float] | None = Field(None, description="Per-channel divisor.")
+    resize: int | None = Field(None, gt=0, description="Short side after bicubic resizing, in pixels.")
+    crop: int | None = Field(None, gt=0, description="Side of the centre crop, in pixels.")
+
+
+class Evaluate(Preprocess):
+    """Accuracy on labelled images; without this block, agreement on seeded noise images is reported."""
+
+    data: str = Field(description="Parquet file with columns image{bytes,path} and label.")
+    metrics: list[Literal["top1", "top5"]] = Field(default=["top1"], min_length=1, description="What to report.")
+    limit: int | None = Field(None, gt=0, description="Use only the first N images.")
+
+
+class Gates(Strict):
+    """Bounds that a finished task must keep; a closed gate ends the run with exit code 3."""
+
+    max_top1_drop: float | None = Field(None, ge=0, description="Points of top-1 that may be lost.")
+    min_agreement: float | None = Field(None, ge=0, le=1, description="Least top-1 agreement with the original.")
+
+
+class Resources(Strict):
+    """What the run may use."""
+
+    devices: Literal["auto", "cpu", "cuda"] | list[str] = Field(
+        "auto", description="auto: every CUDA device, else the CPU; cpu; cuda; or a list such as [cuda:0, cuda:2]."
+    )
+    threads: int = Field(1, ge=1, le=256, description="Threads a worker computes with on the CPU.")
+    host_memory: ByteSize | None = Field(
+        None, description="Refuse to start a model whose predicted memory is above this, such as 16GiB."
+    )
+    task_timeout: Seconds | None = Field(None, description="Longest time for one task, such as 30m.")
+
+
+class LayerRule(Strict):
+    """An override for the layers whose qualified name matches; the first match wins."""
+
+    match: str = Field(description="fnmatch pattern over qualified layer names, such as 'features.*.conv1'.")
+    bits: Bits | None = Field(None, description="Bits of these layers.")
+    granularity: Granularity | None = Field(None, description="Granularity of these layers.")
+    keep: bool = Field(False, description="true leaves these layers unquantized.")
+
+
+class ModelSpec(Strict):
+    """A model: a factory with a checkpoint, a .pt2 program, or a glob of .pt2 programs."""
+
+    name: str | None = Field(None, description="Name of the model; default: the file's name without its suffix.")
+    factory: str | None = Field(None, description="module:callable that builds the network (allow-list).")
+    args: list[str | int | float | bool | None] = Field(default=[], description="Positional arguments of the factory.")
+    kwargs: dict[str, str | int | float | bool | None] = Field(default={}, description="Its keyword arguments.")
+    checkpoint: str | None = Field(
+        None, description="File with the weights (.safetensors, its index.json, .pt, .pth, .th) or package://NAME/PATH."
+    )
+    program: str | None = Field(None, description="A torch.export program (.pt2).")
+    glob: str | None = Field(None, description="Pattern of .pt2 programs, relative to the job file; ** allowed.")
+    input: list[int] | None = Field(None, min_length=2, description="Shape of one example input, batch first.")
+    preprocess: Preprocess | None = Field(None, description="Overrides evaluate's preprocessing for this model.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        sources = [field for field in ("factory", "program", "glob") if getattr(self, field) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"expected exactly one of factory, program, glob; got {', '.join(sources) or 'none'}")
+        if self.factory and (self.checkpoint is None or self.input is None or self.name is None):
+            raise ValueError("a factory needs name, checkpoint and input")
+        if not self.factory and (self.checkpoint or self.args or self.kwargs or self.input):
+            raise ValueError("checkpoint, args, kwargs and input go with factory only")
+        if self.glob and self.name:
+            raise ValueError("models of a glob are named by their paths: drop name")
+        return self
+
+
+class Selector(Strict):
+    """Names (fnmatch patterns) that narrow models x bit_plans."""
+
+    model: str = Field("*", description="Pattern of model names.")
+    plan: str = Field("*", description="Pattern of bit-plan names.")
+
+
+class Job(Strict):
+    """A job file: models x bit-plans, and what to do with the results."""
+
+    version: Literal[1] = Field(description="Version of the job file's format.")
+    name: str = Field(description="Name of the job, for people.")
+    output: str = Field(description="The store: artifacts, evaluations and runs; relative to the current folder.")
+    seed: int = Field(0, ge=0, description="Seed of the noise images.")
+    models: list[ModelSpec] = Field(min_length=1, description="The models.")
+    bit_plans: list[BitPlan] = Field(min_length=1, description="The bit-plans.")
+    layers: list[LayerRule] = Field(default=[], description="Overrides by layer name, first match wins.")
+    include: list[Selector] = Field(default=[], description="Only these combinations; empty means all.")
+    exclude: list[Selector] = Field(default=[], description="Not these combinations.")
+    evaluate: Evaluate | None = Field(None, description="Accuracy on labelled images.")
+    gates: Gates = Field(default=Gates(), description="Bounds that finished tasks must keep.")
+    resources: Resources = Field(default=Resources(), description="Devices, threads, memory and time.")
