@@ -11,7 +11,7 @@ def to_rows(weight: Tensor, layer: Layer) -> Tensor:
     """Return ``weight`` (``layer.shape``, any dtype) as contiguous [out_channels, length].
 
     A row runs over the input channels of its group, taps innermost. A transposed convolution stores [I, O/g, *k]: its
-    output axis moves to the front of each group.
+    output axis moves to the front of each group. The result may share memory with ``weight``.
     """
     if layer.op is Op.CONV_TRANSPOSE:
         weight = weight.reshape(*_grouped(layer), layer.taps).transpose(1, 2)
