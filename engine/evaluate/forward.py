@@ -1,0 +1,67 @@
+"""One network over many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import NonFiniteError, UnsupportedModelError
+
+
+def logits(module: nn.Module, batches: Iterable[Tensor], device: str = "cpu", batch_size: int | None = None) -> Tensor:
+    """Return the outputs of ``module`` for all images of ``batches`` (float32 [n, C, H, W]): float32 [N, classes].
+
+    ``batch_size`` is the only batch that the module takes (a program exported with a static batch); None: it is looked
+    up in the program, and other modules take any. The module is moved to ``device`` and stays there; the result is on
+    the CPU. An output with axes behind the classes counts every position as a row.
+
+    Raises UnsupportedModelError where the output is no tensor of logits, NonFiniteError where it holds NaN or Inf.
+    """
+    module = module.to(device)
+    size = batch_size or static_batch(module)
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            for images, kept in _portions(batch, size):
+                found.append(_rows(module(images.to(device)), kept))
+    result = torch.cat(found)
+    bad = int((~result.isfinite().all(dim=1)).sum())
+    if bad:
+        raise NonFiniteError(f"the network's outputs hold NaN or Inf for {bad} of {len(result)} rows: it is unusable")
+    return result
+
+
+def static_batch(module: nn.Module) -> int | None:
+    """Return the batch that an exported program was fixed to, or None where any will do."""
+    if not isinstance(module, fx.GraphModule):
+        return None
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.ndim and isinstance(value.shape[0], int):
+            return int(value.shape[0])
+    return None
+
+
+def _portions(batch: Tensor, size: int | None) -> Iterator[tuple[Tensor, int]]:
+    """Cut ``batch`` into portions of exactly ``size``, the last filled up by repetition, with how many rows count."""
+    if size is None:
+        yield batch, len(batch)
+        return
+    for portion in batch.split(size):
+        filler = portion[-1:].expand(size - len(portion), *portion.shape[1:])
+        yield torch.cat([portion, filler]), len(portion)
+
+
+def _rows(output: object, kept: int) -> Tensor:
+    if isinstance(output, tuple | list) and len(output) == 1:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.ndim == 0:
+        raise UnsupportedModelError(
+            f"the network returned {type(output).__name__} where evaluation needs one tensor of logits [N, classes]"
+        )
+    scores = output[:kept].float().cpu()
+    if scores.ndim == 1:
+        return scores.unsqueeze(1)
+    return scores if scores.ndim == 2 else scores.movedim(1, -1).reshape(-1, scores.shape[1])

@@ -1,0 +1,165 @@
+"""How well a compressed network does, cached so that nothing is evaluated twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..artifact.key import evaluation_key
+from ..errors import DataError, StorageError
+from ..models.digest import tree_digest
+from . import metrics
+from .files import write_atomically
+from .forward import logits
+from .images import ImageSet, batches, read_images, stat_data
+from .noise import noise_images
+from .settings import BATCH_SIZE, EvaluationSettings
+
+FORMAT_VERSION = 1
+"""Of the cached files: bumped when a figure would come out differently; part of every evaluation's key."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The original network (before) and its compressed form (after) on the same images."""
+
+    agreement: float
+    """Fraction of the images, 0-1, that both put into the same class."""
+    logit_sqnr_db: float | None
+    """dB; None where the logits are equal (infinite)."""
+    images: int
+    measured_on: Literal["images", "noise"]
+    top1_before: float | None = None
+    """Per cent, like the next three; None without labels."""
+    top1_after: float | None = None
+    top5_before: float | None = None
+    """None also where the job did not ask for top5 and where there are not more than five classes."""
+    top5_after: float | None = None
+
+
+def evaluate_artifact(
+    artifact: Callable[[], nn.Module],
+    original: Callable[[], nn.Module],
+    settings: EvaluationSettings,
+    *,
+    store: Path,
+    artifact_key: str,
+    model_key: str,
+    device: str = "cpu",
+) -> Scores:
+    """Return the scores of one artifact against its original network.
+
+    ``artifact`` and ``original`` build the modules and are called only where ``<store>/evaluations/`` does not have
+    the scores or the original's logits: the original is evaluated once for all of a model's artifacts and runs.
+    ``model_key`` identifies the original (digest of its inputs and factory), ``artifact_key`` the artifact.
+
+    Raises DataError where the images cannot be used, NonFiniteError where a network gives NaN or Inf,
+    UnsupportedModelError where it gives no logits, StorageError where the cache cannot be written.
+    """
+    folder, digest = store / "evaluations", _data_digest(settings)
+    ingredients = settings.ingredients() | {"format_version": FORMAT_VERSION}
+    file = folder / f"{evaluation_key(artifact_key, ingredients, digest)}.json"
+    scores = _cached_scores(file)
+    if scores is None:
+        images = None if settings.data is None else read_images(settings.data, settings.limit)
+        # Logits of a CPU and of a GPU differ in their last bits, which the ratio to the original must not see.
+        original_key = evaluation_key(model_key, ingredients | {"device": torch.device(device).type}, digest)
+        before = _original_logits(folder / f"{original_key}.safetensors", original, settings, images, device)
+        after = logits(artifact(), _batches(settings, images), device)
+        scores = _compare(before, after, settings, images)
+        write_atomically(file, (json.dumps(asdict(scores), sort_keys=True, indent=1) + "\n").encode())
+    return scores if settings.top5 else replace(scores, top5_before=None, top5_after=None)
+
+
+def _compare(before: Tensor, after: Tensor, settings: EvaluationSettings, images: ImageSet | None) -> Scores:
+    if before.shape != after.shape:
+        raise DataError(f"the original's logits are {tuple(before.shape)}, the artifact's {tuple(after.shape)}")
+    sqnr = metrics.logit_sqnr_db(before, after)
+    scores = Scores(
+        agreement=metrics.agreement(before, after),
+        logit_sqnr_db=sqnr if math.isfinite(sqnr) else None,
+        images=settings.noise_count if images is None else len(images),
+        measured_on="noise" if images is None else "images",
+    )
+    return scores if images is None else _with_accuracy(scores, before, after, images)
+
+
+def _with_accuracy(scores: Scores, before: Tensor, after: Tensor, images: ImageSet) -> Scores:
+    classes, labels = before.shape[1], images.labels
+    if len(before) != len(labels):
+        raise DataError(f"{images.path}: {len(labels)} labels for {len(before)} rows of logits: drop evaluate.data")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        wrong = int(((labels < 0) | (labels >= classes)).nonzero()[0])
+        raise DataError(f"{images.path} row {wrong}: label {int(labels[wrong])}, the network has {classes} classes")
+    scores = replace(scores, top1_before=metrics.top_k(before, labels, 1), top1_after=metrics.top_k(after, labels, 1))
+    if classes <= 5:
+        return scores
+    return replace(scores, top5_before=metrics.top_k(before, labels, 5), top5_after=metrics.top_k(after, labels, 5))
+
+
+def _original_logits(
+    file: Path, original: Callable[[], nn.Module], settings: EvaluationSettings, images: ImageSet | None, device: str
+) -> Tensor:
+    cached = _cached_logits(file)
+    if cached is not None:
+        return cached
+    found = logits(original(), _batches(settings, images), device)
+    write_atomically(file, save({"logits": found}))
+    return found
+
+
+def _batches(settings: EvaluationSettings, images: ImageSet | None) -> Iterator[Tensor]:
+    if images is not None:
+        for batch in batches(images, settings.preprocess, BATCH_SIZE, settings.shape):
+            yield batch.images
+        return
+    yield from _noise(settings).split(BATCH_SIZE)
+
+
+def _noise(settings: EvaluationSettings) -> Tensor:
+    chosen = settings.preprocess
+    # A job's mean and std speak of three colours: another input gets standardised noise.
+    mean, std = (chosen.mean, chosen.std) if settings.shape[0] == 3 else (None, None)
+    return noise_images(settings.noise_count, settings.shape, settings.seed, mean, std)
+
+
+def _data_digest(settings: EvaluationSettings) -> str:
+    if settings.data is None:
+        return hashlib.sha256(b"noise").hexdigest()
+    state = stat_data(settings.data)
+    return _digest(settings.data, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, _mtime: int, _size: int) -> str:
+    return tree_digest(path)
+
+
+def _cached_scores(file: Path) -> Scores | None:
+    """Return what ``file`` holds; a file that is absent or no such record is made anew."""
+    try:
+        return Scores(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read ({error.strerror}): check the store's rights") from error
+
+
+def _cached_logits(file: Path) -> Tensor | None:
+    try:
+        return load_file(file)["logits"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None

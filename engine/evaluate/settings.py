@@ -1,0 +1,72 @@
+"""What an evaluation depends on, apart from the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..job.expand import ModelSource
+from ..job.schema import Evaluate, Preprocess
+
+BATCH_SIZE = 64
+"""Images a forward pass; fixed, because the last bits of logits depend on it."""
+NOISE_IMAGES = 64
+LARGE_NOISE_IMAGES = 32
+LARGE_INPUT = 128
+"""Inputs of at least this many pixels a side are measured on LARGE_NOISE_IMAGES, smaller ones on NOISE_IMAGES."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a network and its compressed form are compared: on labelled images, or without ``data`` on noise."""
+
+    shape: tuple[int, ...]
+    """Shape of one input, without the batch: (C, H, W) for images."""
+    preprocess: Preprocess
+    data: Path | None = None
+    limit: int | None = None
+    top5: bool = False
+    """Whether top-5 is reported; it is measured and cached all the same."""
+    seed: int = 0
+    noise_count: int = NOISE_IMAGES
+
+    @property
+    def measured_on(self) -> str:
+        """Return images or noise."""
+        return "noise" if self.data is None else "images"
+
+    def ingredients(self) -> dict[str, Any]:
+        """Return what enters the evaluation's key: all that changes a figure, but not where the data lies."""
+        found: dict[str, Any] = {"measured_on": self.measured_on, "shape": list(self.shape)}
+        if self.data is None:
+            # Noise has the network's own size: of the preprocessing only mean and std touch it.
+            touched = self.preprocess.model_dump(mode="json", include={"mean", "std"})
+            return found | touched | {"seed": self.seed, "count": self.noise_count}
+        return found | self.preprocess.model_dump(mode="json") | {"limit": self.limit}
+
+
+def settings_for(
+    evaluate: Evaluate | None,
+    source: ModelSource,
+    input_shape: Sequence[int],
+    seed: int = 0,
+    folder: Path | None = None,
+) -> EvaluationSettings:
+    """Return the settings of one model.
+
+    ``evaluate`` is the job's block or None (noise images), ``source.preprocess`` the model's effective preprocessing,
+    ``input_shape`` its example input with the batch first, ``folder`` the job file's folder, to which a relative
+    ``evaluate.data`` belongs.
+    """
+    shape = tuple(int(size) for size in input_shape[1:])
+    preprocess = source.preprocess or evaluate or Preprocess.model_validate({})
+    # An Evaluate is a Preprocess too, and its other fields are no preprocessing.
+    preprocess = Preprocess.model_validate({name: getattr(preprocess, name) for name in Preprocess.model_fields})
+    large = len(shape) > 1 and max(shape[1:]) >= LARGE_INPUT
+    count = LARGE_NOISE_IMAGES if large else NOISE_IMAGES
+    if evaluate is None:
+        return EvaluationSettings(shape, preprocess, seed=seed, noise_count=count)
+    data = Path(folder or "", evaluate.data)
+    return EvaluationSettings(shape, preprocess, data, evaluate.limit, "top5" in evaluate.metrics, seed, count)
