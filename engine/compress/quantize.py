@@ -1,0 +1,42 @@
+"""One layer's weight to codes through the kernels, on the device that is asked for."""
+
+from __future__ import annotations
+
+import torch
+from dfmpc.kernels.dequantize import dequantize
+from dfmpc.kernels.formats import Grid, Quantized
+from dfmpc.kernels.tap_sums import tap_sums
+from dfmpc.kernels.ternary import ternary
+from dfmpc.kernels.uniform import uniform
+from torch import Tensor
+
+from ..models.graph import Layer
+from .assign import Assignment
+from .rows import to_rows
+from .taps import Taps
+
+
+def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quantized:
+    """Return the codes of ``weight`` (stored shape, float32, float16 or bfloat16) under ``assignment``."""
+    rows = to_rows(weight.to(device), assignment.layer)
+    if assignment.grid is Grid.TERNARY:
+        return ternary(rows, group_size=assignment.group_size, layer_wise=assignment.layer_wise)
+    return uniform(
+        rows, assignment.bits, assignment.grid, group_size=assignment.group_size, layer_wise=assignment.layer_wise
+    )
+
+
+def original_taps(weight: Tensor, layer: Layer, device: str) -> Taps:
+    """Return the tap sums of the original weight, on the CPU."""
+    return _taps(to_rows(weight.to(device), layer), layer)
+
+
+def quantized_taps(quantized: Quantized, layer: Layer) -> Taps:
+    """Return the tap sums of the dequantized weight, on the CPU."""
+    rows = dequantize(quantized.format, quantized.codes, quantized.scale, quantized.zero_point, torch.float32)
+    return _taps(rows, layer)
+
+
+def _taps(rows: Tensor, layer: Layer) -> Taps:
+    found = tap_sums(rows, layer.taps)
+    return Taps.of(layer, found.sums.cpu(), found.squares.cpu())
