@@ -13,7 +13,17 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 class Strict(BaseModel):
     """Base of every part of a job file: unknown fields are errors, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_name(value: str) -> str:
+    if len(value) > 128 or ".." in value or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", value):
+        raise ValueError("expected 1 to 128 letters, digits, '.', '_', '-' or '+', no '..' and no '.' in front")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""A name that becomes a folder."""
 
 
 def _check_granularity(value: str) -> str:
@@ -67,7 +77,7 @@ def _calibrator_from_name(value: object) -> object:
 class Plan(Strict):
     """What every bit-plan has."""
 
-    name: str = Field(description="Name of the plan; becomes a folder, so letters, digits, '.', '_', '-' and '+'.")
+    name: Name = Field(description="Name of the plan; becomes a folder, so letters, digits, '.', '_', '-' and '+'.")
 
 
 class DfmpcPlan(Plan):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from .methods import BitPlan, Bits, Granularity, Strict
+from .methods import BitPlan, Bits, Granularity, Name, Strict
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|B)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)")
@@ -26,6 +26,21 @@ def _quantity(pattern: re.Pattern[str], example: str) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
+def _pattern(pattern: str, expected: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {expected}")
+        return value
+
+    return AfterValidator(check)
+
+
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Factory = Annotated[str, _pattern(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", "module:callable, such as timm:create_model")]
+Location = Annotated[
+    str, _pattern(r"(?!.*://).+|package://\w[\w.-]*/(?!.*\.\.)[^/].*", "a path, or package://NAME/PATH without '..'")
+]
 ByteSize = Annotated[float, _quantity(_SIZE, "16GiB"), Field(gt=0)]
 Seconds = Annotated[float, _quantity(_DURATION, "30m"), Field(gt=0)]
 
@@ -34,15 +49,21 @@ class Preprocess(Strict):
     """How an image becomes a network's input; ``mean`` and ``std`` act on pixels in 0-1."""
 
     mean: tuple[float, float, float] | None = Field(None, description="Per-channel mean that is subtracted.")
-    std: tuple[float, float, float] | None = Field(None, description="Per-channel divisor.")
+    std: tuple[Positive, Positive, Positive] | None = Field(None, description="Per-channel divisor.")
     resize: int | None = Field(None, gt=0, description="Short side after bicubic resizing, in pixels.")
     crop: int | None = Field(None, gt=0, description="Side of the centre crop, in pixels.")
+
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("expected mean and std together, or neither")
+        return self
 
 
 class Evaluate(Preprocess):
     """Accuracy on labelled images; without this block, agreement on seeded noise images is reported."""
 
-    data: str = Field(description="Parquet file with columns image{bytes,path} and label.")
+    data: Text = Field(description="Parquet file with columns image{bytes,path} and label.")
     metrics: list[Literal["top1", "top5"]] = Field(default=["top1"], min_length=1, description="What to report.")
     limit: int | None = Field(None, gt=0, description="Use only the first N images.")
 
@@ -70,38 +91,51 @@ class Resources(Strict):
 class LayerRule(Strict):
     """An override for the layers whose qualified name matches; the first match wins."""
 
-    match: str = Field(description="fnmatch pattern over qualified layer names, such as 'features.*.conv1'.")
+    match: Text = Field(description="fnmatch pattern over qualified layer names, such as 'features.*.conv1'.")
     bits: Bits | None = Field(None, description="Bits of these layers.")
     granularity: Granularity | None = Field(None, description="Granularity of these layers.")
     keep: bool = Field(False, description="true leaves these layers unquantized.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if (self.bits is None and self.granularity is None) != self.keep:
+            raise ValueError("expected bits, granularity or both, or keep: true alone")
+        return self
 
 
 class ModelSpec(Strict):
     """A model: a factory with a checkpoint, a .pt2 program, or a glob of .pt2 programs."""
 
-    name: str | None = Field(None, description="Name of the model; default: the file's name without its suffix.")
-    factory: str | None = Field(None, description="module:callable that builds the network (allow-list).")
+    name: Name | None = Field(None, description="Name of the model; default: the file's name without its suffix.")
+    factory: Factory | None = Field(None, description="module:callable that builds the network (allow-list).")
     args: list[str | int | float | bool | None] = Field(default=[], description="Positional arguments of the factory.")
     kwargs: dict[str, str | int | float | bool | None] = Field(default={}, description="Its keyword arguments.")
-    checkpoint: str | None = Field(
+    checkpoint: Location | None = Field(
         None, description="File with the weights (.safetensors, its index.json, .pt, .pth, .th) or package://NAME/PATH."
     )
-    program: str | None = Field(None, description="A torch.export program (.pt2).")
-    glob: str | None = Field(None, description="Pattern of .pt2 programs, relative to the job file; ** allowed.")
-    input: list[int] | None = Field(None, min_length=2, description="Shape of one example input, batch first.")
+    program: Text | None = Field(None, description="A torch.export program (.pt2).")
+    glob: Text | None = Field(
+        None,
+        description="Pattern of .pt2 programs, relative to the job file; ** allowed. Names are paths with '__'.",
+    )
+    input: list[Annotated[int, Field(gt=0)]] | None = Field(
+        None, min_length=2, description="Shape of one example input, batch first."
+    )
     preprocess: Preprocess | None = Field(None, description="Overrides evaluate's preprocessing for this model.")
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelSpec:
+    def _one_source(self) -> Self:
         sources = [field for field in ("factory", "program", "glob") if getattr(self, field) is not None]
         if len(sources) != 1:
             raise ValueError(f"expected exactly one of factory, program, glob; got {', '.join(sources) or 'none'}")
-        if self.factory and (self.checkpoint is None or self.input is None or self.name is None):
-            raise ValueError("a factory needs name, checkpoint and input")
-        if not self.factory and (self.checkpoint or self.args or self.kwargs or self.input):
-            raise ValueError("checkpoint, args, kwargs and input go with factory only")
+        missing = [field for field in ("name", "checkpoint", "input") if getattr(self, field) is None]
+        if self.factory and missing:
+            raise ValueError(f"expected {', '.join(missing)} beside factory")
+        extra = [field for field in ("checkpoint", "args", "kwargs", "input") if getattr(self, field)]
+        if not self.factory and extra:
+            raise ValueError(f"expected no {', '.join(extra)} without a factory")
         if self.glob and self.name:
-            raise ValueError("models of a glob are named by their paths: drop name")
+            raise ValueError("expected no name beside glob: such models are named by their paths")
         return self
 
 
@@ -116,8 +150,8 @@ class Job(Strict):
     """A job file: models x bit-plans, and what to do with the results."""
 
     version: Literal[1] = Field(description="Version of the job file's format.")
-    name: str = Field(description="Name of the job, for people.")
-    output: str = Field(description="The store: artifacts, evaluations and runs; relative to the current folder.")
+    name: Text = Field(description="Name of the job, for people.")
+    output: Text = Field(description="The store: artifacts, evaluations and runs; relative to the current folder.")
     seed: int = Field(0, ge=0, description="Seed of the noise images.")
     models: list[ModelSpec] = Field(min_length=1, description="The models.")
     bit_plans: list[BitPlan] = Field(min_length=1, description="The bit-plans.")

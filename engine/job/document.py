@@ -1,0 +1,148 @@
+"""A YAML file as plain data plus the line of every field; bounded, so that a hostile file costs little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import JobFileError, Problem
+
+MAX_BYTES = 2**20
+MAX_ALIASES = 50
+MAX_NODES = 200_000
+
+FieldPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed YAML mapping; ``lines`` gives the line (from 1) of a field's key or of a list's item."""
+
+    file: str
+    data: dict[str, Any]
+    lines: dict[FieldPath, int]
+
+    def line(self, path: FieldPath) -> int | None:
+        """Return the line of ``path`` or of the nearest field around it."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return self.lines[path[:end]]
+        return self.lines.get(())
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that gives up after ``MAX_ALIASES`` aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MAX_ALIASES:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # bare in types-PyYAML
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
+        return super().compose_node(parent, index)
+
+
+def path_text(path: FieldPath) -> str:
+    """Return a field path as people write it: ``bit_plans[2].low``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def parse(path: Path) -> Document:
+    """Read the YAML mapping in ``path``; JobFileError lists everything that keeps it from being one."""
+    text = _text(path)
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise JobFileError(str(path), [_not_a_mapping(root)])
+        lines, problems = _walk(root)
+        if problems:
+            raise JobFileError(str(path), problems)
+        return Document(str(path), loader.construct_document(root), lines)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise JobFileError(str(path), [_broken(error)]) from error
+    finally:
+        loader.dispose()
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        seen = "a folder" if path.is_dir() else "nothing there"
+        raise JobFileError(str(path), [Problem("(file)", seen, "a YAML job file")])
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise JobFileError(str(path), [Problem("(file)", "more than 1 MiB", "a job file of at most 1 MiB")])
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise JobFileError(str(path), [Problem("(file)", "bytes that are not UTF-8", "UTF-8 text", line)]) from error
+    except OSError as error:
+        raise JobFileError(str(path), [Problem("(file)", str(error.strerror), "a readable YAML job file")]) from error
+
+
+def _not_a_mapping(root: yaml.Node | None) -> Problem:
+    expected = "a mapping with version, name, output, models and bit_plans ('dfmpc schema' lists every field)"
+    if root is None:
+        return Problem("(file)", "an empty file", expected)
+    seen = "a list" if isinstance(root, yaml.SequenceNode) else f"the text {root.value[:60]!r}"
+    return Problem("(file)", seen, expected, root.start_mark.line + 1)
+
+
+def _broken(error: Exception) -> Problem:
+    if isinstance(error, RecursionError):
+        return Problem("(file)", "fields nested too deeply", "a job file without such nesting")
+    mark = getattr(error, "problem_mark", None)
+    seen = getattr(error, "problem", None) or " ".join(str(error).split())
+    return Problem("(file)", seen, "plain YAML without tags", mark.line + 1 if mark else None)
+
+
+def _walk(root: yaml.MappingNode) -> tuple[dict[FieldPath, int], list[Problem]]:
+    """Collect the lines of all fields with aliases followed; stop where they multiply beyond ``MAX_NODES``."""
+    lines: dict[FieldPath, int] = {}
+    problems: list[Problem] = []
+    stack: list[tuple[FieldPath, yaml.Node]] = [((), root)]
+    seen = 0
+    while stack:
+        path, node = stack.pop()
+        seen += 1
+        if seen > MAX_NODES:
+            expected = f"at most {MAX_NODES} values once aliases are followed"
+            return {}, [Problem("(file)", "aliases that multiply or contain themselves", expected)]
+        lines.setdefault(path, node.start_mark.line + 1)
+        children = _children(path, node, lines, problems)
+        stack.extend(children)
+    return lines, problems
+
+
+def _children(
+    path: FieldPath, node: yaml.Node, lines: dict[FieldPath, int], problems: list[Problem]
+) -> Iterator[tuple[FieldPath, yaml.Node]]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from (((*path, index), child) for index, child in enumerate(node.value))
+    if not isinstance(node, yaml.MappingNode):
+        return
+    own: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            yield from ((path, source) for source in merged)
+        elif key.tag != "tag:yaml.org,2002:str":
+            seen = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            problems.append(Problem(path_text(path) or "(file)", f"the key {seen}", "a text as key: quote it", line))
+        elif key.value in own:
+            expected = f"each key once (first on line {own[key.value]})"
+            problems.append(Problem(path_text((*path, key.value)), "a duplicate key", expected, line))
+        else:
+            own[key.value] = line
+            lines.setdefault((*path, key.value), line)
+            yield (*path, key.value), value
