@@ -1,0 +1,109 @@
+"""A task's key: the digest of everything that decides its artifact's bytes, and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from dfmpc.kernels.formats import NUMERICS_VERSION
+from pydantic import JsonValue
+
+from ..job.expand import ModelSource, Task
+from ..job.methods import AnalyticCalibrator, BitPlan, DfmpcPlan
+from .manifest import FORMAT_VERSION
+
+KEY_VERSION = 1
+EVALUATION_VERSION = 1
+DTYPES: dict[str, JsonValue] = {"weights": "float32", "statistics": "float64", "scales": "float32"}
+
+
+@dataclass(frozen=True)
+class TaskKey:
+    """A key and what went into it."""
+
+    key: str
+    """64 hexadecimal digits."""
+    ingredients: dict[str, JsonValue]
+
+    @property
+    def short(self) -> str:
+        """The 12 digits that name folders."""
+        return self.key[:12]
+
+
+def task_key(task: Task, digests: Sequence[str], *, distribution: str | None, threads: int = 1) -> TaskKey:
+    """Return the key of ``task``.
+
+    ``digests`` are the tree digests of ``models.load.input_files(task.model)``, in that order; ``distribution`` is
+    ``models.factory.distribution_version`` of the factory, None for a program; ``threads`` are those that compute,
+    which matter only where a recipe factorises matrices. Names of model and plan and paths are left out.
+    """
+    ingredients: dict[str, JsonValue] = {
+        "key_version": KEY_VERSION,
+        "format_version": FORMAT_VERSION,
+        "numerics_version": NUMERICS_VERSION,
+        "dtypes": DTYPES,
+        "source": _source(task.model, digests, distribution),
+        "plan": task.plan.model_dump(mode="json", exclude={"name"}),
+        "layers": [rule.model_dump(mode="json") for rule in task.layers],
+    }
+    if factorises(task.plan):
+        ingredients["threads"] = threads
+    return TaskKey(digest_of(ingredients), ingredients)
+
+
+def _source(source: ModelSource, digests: Sequence[str], distribution: str | None) -> dict[str, JsonValue]:
+    fields = source.model_dump(mode="json", include={"factory", "args", "kwargs", "input"})
+    role = "program" if source.program else "checkpoint"
+    inputs: list[JsonValue] = [{"role": role, "digest": digest} for digest in digests]
+    # the graph that lies in the artifact is written by torch, each version in its own way
+    writer = version("torch") if source.program else None
+    return {**fields, "distribution": distribution, "inputs": inputs, "torch": writer}
+
+
+def factorises(plan: BitPlan) -> bool:
+    """Tell whether the plan solves linear systems, whose last bits depend on the number of threads."""
+    return (
+        isinstance(plan, DfmpcPlan)
+        and isinstance(plan.calibrator, AnalyticCalibrator)
+        and plan.calibrator.tau is not None
+    )
+
+
+def evaluation_key(artifact_key: str, settings: Mapping[str, JsonValue], data_digest: str | None) -> str:
+    """Return the key (64 hexadecimal digits) of one evaluation: of what, how, and on which images."""
+    return digest_of(
+        {"version": EVALUATION_VERSION, "artifact": artifact_key, "settings": dict(settings), "data": data_digest}
+    )
+
+
+def digest_of(value: JsonValue) -> str:
+    """Return sha256 over the canonical JSON of ``value``: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def explain(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> str:
+    """Return which ingredients differ, such as ``plan.low: 2 → 3``, or that none does."""
+    before, after = dict(_leaves("", dict(old))), dict(_leaves("", dict(new)))
+    changes = [
+        f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    return "; ".join(changes) or "no ingredient differs"
+
+
+def _leaves(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
+    """Yield every leaf's path and its JSON text."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, part)
+    elif isinstance(value, list) and value:
+        for index, part in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", part)
+    else:
+        yield name, json.dumps(value, ensure_ascii=False)

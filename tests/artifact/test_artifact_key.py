@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import pytest
+from dfmpc.artifact.key import TaskKey, digest_of, evaluation_key, explain, factorises, task_key
+from dfmpc.job.expand import ModelSource, Task
+from dfmpc.job.methods import DfmpcPlan, RtnPlan
+from dfmpc.job.schema import LayerRule
+from dfmpc.kernels.formats import NUMERICS_VERSION
+
+A, B = "a" * 64, "b" * 64
+SOURCE: dict[str, Any] = {
+    "name": "net",
+    "factory": "zoo:make",
+    "args": ["small"],
+    "kwargs": {"width": 2},
+    "checkpoint": "/somewhere/net.safetensors",
+    "program": None,
+    "input": [1, 3, 8, 8],
+    "preprocess": None,
+}
+RTN: dict[str, Any] = {"name": "rtn4", "method": "rtn", "bits": 4}
+DFMPC: dict[str, Any] = {"name": "mp", "method": "dfmpc"}
+
+
+def key_of(
+    source: dict[str, Any] | None = None,
+    plan: dict[str, Any] | None = None,
+    rules: list[LayerRule] | None = None,
+    digests: tuple[str, ...] = (A,),
+    distribution: str | None = "zoo==1.0",
+    threads: int = 1,
+) -> TaskKey:
+    fields = {**RTN, **(plan or {})}
+    chosen = RtnPlan(**fields) if fields["method"] == "rtn" else DfmpcPlan(**(plan or {}))
+    model = ModelSource(**{**SOURCE, **(source or {})})
+    task = Task(id=f"{model.name}/{chosen.name}", model=model, plan=chosen, layers=rules or [])
+    return task_key(task, digests, distribution=distribution, threads=threads)
+
+
+def test_a_key_is_a_digest_with_a_short_form() -> None:
+    key = key_of()
+    assert re.fullmatch(r"[0-9a-f]{64}", key.key)
+    assert key.short == key.key[:12]
+
+
+def test_ingredients_of_a_fixed_task() -> None:
+    assert key_of().ingredients == {
+        "key_version": 1,
+        "format_version": 1,
+        "numerics_version": NUMERICS_VERSION,
+        "dtypes": {"weights": "float32", "statistics": "float64", "scales": "float32"},
+        "source": {
+            "factory": "zoo:make",
+            "args": ["small"],
+            "kwargs": {"width": 2},
+            "input": [1, 3, 8, 8],
+            "distribution": "zoo==1.0",
+            "inputs": [{"role": "checkpoint", "digest": A}],
+            "torch": None,
+        },
+        "plan": {"method": "rtn", "bits": 4, "granularity": "channel", "symmetric": True},
+        "layers": [],
+    }
+
+
+def test_key_is_sha256_of_canonical_json() -> None:
+    value = {"b": [1, 2.5, None, True], "a": "Δ"}
+    text = '{"a":"Δ","b":[1,2.5,null,true]}'
+    assert digest_of(value) == hashlib.sha256(text.encode()).hexdigest()
+    assert key_of().key == digest_of(key_of().ingredients)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"source": {"name": "other"}},
+        {"source": {"checkpoint": "/elsewhere/x.pth"}},
+        {"plan": {"name": "another-name"}},
+        {"plan": {"granularity": "channel"}},
+        {"threads": 8},
+    ],
+    ids=["model_name", "path", "plan_name", "default_spelt_out", "threads_without_factorising"],
+)
+def test_what_does_not_enter_the_key(same: dict[str, Any]) -> None:
+    assert key_of(**same).key == key_of().key
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"digests": (B,)},
+        {"digests": (A, B)},
+        {"distribution": "zoo==1.1"},
+        {"source": {"factory": "zoo:make2"}},
+        {"source": {"args": ["large"]}},
+        {"source": {"kwargs": {"width": 3}}},
+        {"source": {"input": [1, 3, 16, 16]}},
+        {"plan": {"bits": 5}},
+        {"plan": {"symmetric": False}},
+        {"rules": [LayerRule(match="stem", bits=8)]},
+    ],
+    ids=["input", "shard", "distribution", "factory", "args", "kwargs", "shape", "bits", "method_option", "layer_rule"],
+)
+def test_what_enters_the_key(other: dict[str, Any]) -> None:
+    assert key_of(**other).key != key_of().key
+
+
+def test_order_of_shards_and_of_rules_matters() -> None:
+    assert key_of(digests=(A, B)).key != key_of(digests=(B, A)).key
+    stem, head = LayerRule(match="*", bits=8), LayerRule(match="head", bits=2)
+    assert key_of(rules=[stem, head]).key != key_of(rules=[head, stem]).key
+
+
+def test_threads_enter_only_where_matrices_are_factorised() -> None:
+    refined = {**DFMPC, "calibrator": {"name": "analytic", "tau": 1.0}}
+    unrefined = {**DFMPC, "calibrator": {"name": "analytic", "tau": None}}
+    assert key_of(plan=refined, threads=1).key != key_of(plan=refined, threads=2).key
+    assert key_of(plan=unrefined, threads=1).key == key_of(plan=unrefined, threads=2).key
+    assert factorises(DfmpcPlan(name="d", method="dfmpc"))
+    assert not factorises(DfmpcPlan(name="d", method="dfmpc", calibrator="norm"))
+
+
+def test_a_program_and_a_checkpoint_of_the_same_bytes_differ() -> None:
+    program = {"factory": None, "args": [], "kwargs": {}, "checkpoint": None, "input": None, "program": "/x/net.pt2"}
+    key = key_of(source=program, distribution=None)
+    assert key.key != key_of().key
+    source = key.ingredients["source"]
+    assert isinstance(source, dict)
+    assert source["inputs"] == [{"role": "program", "digest": A}]
+    assert "/x" not in str(key.ingredients)
+
+
+def test_explain_names_what_differs() -> None:
+    old = key_of().ingredients
+    assert explain(old, key_of(plan={"bits": 5}).ingredients) == "plan.bits: 4 → 5"
+    changed = key_of(digests=(B,), rules=[LayerRule(match="stem", bits=8)]).ingredients
+    text = explain(old, changed)
+    assert f'source.inputs[0].digest: "{A}" → "{B}"' in text
+    assert 'layers[0].match: absent → "stem"' in text
+    assert explain(old, key_of().ingredients) == "no ingredient differs"
+
+
+def test_evaluation_key_depends_on_artifact_settings_and_data() -> None:
+    settings = {"crop": 32, "metrics": ["top1"]}
+    base = evaluation_key(A, settings, B)
+    assert base == evaluation_key(A, {"metrics": ["top1"], "crop": 32}, B)
+    others = {
+        evaluation_key(B, settings, B),
+        evaluation_key(A, {**settings, "crop": 28}, B),
+        evaluation_key(A, settings, A),
+        evaluation_key(A, settings, None),
+    }
+    assert len(others | {base}) == 5
