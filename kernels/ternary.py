@@ -1,0 +1,95 @@
+"""Ternary codes with a threshold of 0.7 mean magnitudes (TWN, arXiv 1605.04711; docs/methods.md, section 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import CodeFormat, Grid, Quantized
+from .packing import pack_reference
+from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts
+from .statistics import row_statistics_reference
+from .sums import exact_total, exponents, fineness, power_of_two, tree_sum
+
+THRESHOLD = 0.7
+"""Of the mean magnitude: the minimiser of the squared error for normal and uniform weights, approximately."""
+
+
+def _threshold(total: Tensor, count: int) -> Tensor:
+    """Return the float32 threshold from float64 sums of magnitudes over ``count`` elements."""
+    return (THRESHOLD * (total / count)).float()
+
+
+def _layer_threshold(abs_sum: Tensor, count: int) -> Tensor:
+    """Return the threshold [1] of a whole tensor from the sums [rows, 1] of its rows."""
+    return _threshold(tree_sum(abs_sum[:, 0], 0)[None], count)
+
+
+def _segment_codes(segments: Tensor, bits: int, threshold: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return uint8 codes of float32 [segments, length] and the fields of ``SegmentSums``."""
+    magnitude = segments.abs()
+    absmax = magnitude.amax(1)
+    exponent = exponents(absmax)
+    scaled = magnitude.double()
+    squares = exact_total(scaled.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
+    scaled.mul_(power_of_two(bits - exponent)[:, None]).round_()
+    if threshold is None:
+        total = exact_total(scaled).double() * power_of_two(exponent - bits)
+        threshold = _threshold(total, segments.shape[1])
+    mask = magnitude > threshold[:, None]
+    kept = exact_total(scaled.mul_(mask))
+    count = mask.sum(1)
+    codes = (segments > threshold[:, None]).to(torch.uint8).add_(1).sub_((segments < -threshold[:, None]).byte())
+    return codes, (absmax, absmax, squares, kept, count, segments.shape[1] - count)
+
+
+def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
+    """Derive the scale from the kept magnitudes and their count, and the row statistics from all."""
+    sums = sums.cpu()
+    require_finite(sums.absmax)
+    unit = power_of_two(exponents(sums.absmax) - fineness(format.group_size))
+    kept, count = sums.dots.double() * unit, sums.norms
+    if format.layer_wise:
+        kept, count = tree_sum(kept, 0)[None], count.sum(0)[None]
+    scale = torch.where(count > 0, kept / count.clamp(min=1), 0.0).float()
+    wide = scale.double()
+    dot_unit, norm_unit = wide * unit, (wide * wide).expand_as(unit)
+    return finish(format, codes, scale.to(codes.device), None, sums, dot_unit=dot_unit, norm_unit=norm_unit)
+
+
+def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
+    """Quantize ``weight`` (float32, float16 or bfloat16 [rows, length]) to {-1, 0, 1} times a scale.
+
+    A segment's threshold is float32(0.7 * mean|w|); weights strictly above it keep their sign; the scale is the mean
+    magnitude of those kept, 0 where there are none. ``layer_wise`` takes one threshold and scale for the whole tensor.
+
+    Raises:
+        ValueError: the weight's shape or type or the group size cannot be used.
+        NonFiniteError: the weight holds NaN or Inf.
+    """
+    format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
+    if weight.numel() == 0:
+        return nothing(format, weight)
+    rows, length = weight.shape
+    bits = fineness(format.group_size)
+    threshold = None
+    if layer_wise:
+        statistics = row_statistics_reference(weight, length)
+        require_finite(statistics.absmax)
+        threshold = _layer_threshold(statistics.abs_sum, weight.numel())
+    packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
+    sums = SegmentSums.empty(rows, format.groups, weight.device)
+    for chunk in row_chunks(rows, length):
+        codes = torch.empty((chunk.stop - chunk.start, length), dtype=torch.uint8, device=weight.device)
+        for part in row_parts(length, format.group_size):
+            segments = weight[chunk, part.columns].reshape(-1, part.length).float()
+            u, found = _segment_codes(segments, bits, threshold)
+            codes[:, part.columns] = u.view(len(codes), -1)
+            sums.put(chunk, part.groups, found)
+        packed[chunk] = pack_reference(codes, 2)
+    return _finish(format, packed, sums)
+
+
+def ternary(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
+    """Quantize to ternary codes; see ``ternary_reference``."""
+    return ternary_reference(weight, group_size=group_size, layer_wise=layer_wise)
