@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
-from ..errors import StorageError
+from ..artifact.storage import storing, write_durably
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -16,14 +14,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Two writers of one path may race: one of them wins whole. Raises StorageError where the file system refuses.
     """
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
+    with storing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
+        try:
+            write_durably(temporary, content)
+            temporary.replace(path)
+        finally:
             temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror}): free space or check rights") from error

@@ -10,12 +10,18 @@ from torch import Tensor, fx, nn
 from ..errors import NonFiniteError, UnsupportedModelError
 
 
-def logits(module: nn.Module, batches: Iterable[Tensor], device: str = "cpu", batch_size: int | None = None) -> Tensor:
+def logits(
+    module: nn.Module,
+    batches: Iterable[Tensor],
+    device: str = "cpu",
+    batch_size: int | None = None,
+    name: str = "the network",
+) -> Tensor:
     """Return the outputs of ``module`` for all images of ``batches`` (float32 [n, C, H, W]): float32 [N, classes].
 
     ``batch_size`` is the only batch that the module takes (a program exported with a static batch); None: it is looked
     up in the program, and other modules take any. The module is moved to ``device`` and stays there; the result is on
-    the CPU. An output with axes behind the classes counts every position as a row.
+    the CPU. An output with axes behind the classes counts every position as a row. ``name`` is for error texts.
 
     Raises UnsupportedModelError where the output is no tensor of logits, NonFiniteError where it holds NaN or Inf.
     """
@@ -25,11 +31,11 @@ def logits(module: nn.Module, batches: Iterable[Tensor], device: str = "cpu", ba
     with torch.inference_mode():
         for batch in batches:
             for images, kept in _portions(batch, size):
-                found.append(_rows(module(images.to(device)), kept))
+                found.append(_rows(module(images.to(device)), kept, name))
     result = torch.cat(found)
     bad = int((~result.isfinite().all(dim=1)).sum())
     if bad:
-        raise NonFiniteError(f"the network's outputs hold NaN or Inf for {bad} of {len(result)} rows: it is unusable")
+        raise NonFiniteError(f"{name} gives NaN or Inf in {bad} of {len(result)} rows of logits: it is unusable")
     return result
 
 
@@ -49,17 +55,18 @@ def _portions(batch: Tensor, size: int | None) -> Iterator[tuple[Tensor, int]]:
     if size is None:
         yield batch, len(batch)
         return
-    for portion in batch.split(size):
+    for start in range(0, len(batch), size):
+        portion = batch[start : start + size]
         filler = portion[-1:].expand(size - len(portion), *portion.shape[1:])
         yield torch.cat([portion, filler]), len(portion)
 
 
-def _rows(output: object, kept: int) -> Tensor:
+def _rows(output: object, kept: int, name: str) -> Tensor:
     if isinstance(output, tuple | list) and len(output) == 1:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim == 0:
         raise UnsupportedModelError(
-            f"the network returned {type(output).__name__} where evaluation needs one tensor of logits [N, classes]"
+            f"{name} returned {type(output).__name__} where evaluation needs one tensor of logits [N, classes]"
         )
     scores = output[:kept].float().cpu()
     if scores.ndim == 1:

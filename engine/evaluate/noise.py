@@ -36,10 +36,12 @@ def noise_images(
     own = _one_over_f(count, channels, space, generator)
     common = _one_over_f(count, 1, space, generator)
     mixed = COLOUR_CORRELATION**0.5 * common + (1 - COLOUR_CORRELATION) ** 0.5 * own
-    pixels = ((mixed - mixed.mean()) / mixed.std() * PIXEL_SD + PIXEL_MEAN).clamp_(0, 1)
+    pixels: Tensor = ((mixed - mixed.mean()) / mixed.std() * PIXEL_SD + PIXEL_MEAN).clamp_(0, 1)
     if mean is None or std is None:
-        return ((pixels - pixels.mean()) / pixels.std()).float()
-    return ((pixels - _a_channel(mean, shape)) / _a_channel(std, shape)).float()
+        centre, spread = pixels.mean(), pixels.std()
+    else:
+        centre, spread = _a_channel(mean, shape), _a_channel(std, shape)
+    return pixels.sub_(centre).div_(spread).float()
 
 
 def _one_over_f(count: int, channels: int, space: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -56,8 +58,8 @@ def _one_over_f(count: int, channels: int, space: tuple[int, ...], generator: to
     # The constant term gets the amplitude of the lowest frequency, so that brightness differs between images.
     lowest = 1 / max(space)
     amplitude = squares.sqrt().clamp_min(lowest).pow(-EXPONENT)
-    shaped = torch.fft.irfftn(spectrum * amplitude, s=space, dim=axes)
-    return shaped / amplitude.square().mean().sqrt()
+    shaped: Tensor = torch.fft.irfftn(spectrum * amplitude, s=space, dim=axes)
+    return shaped.div_(amplitude.square().mean().sqrt())
 
 
 def _a_channel(values: Sequence[float], shape: Sequence[int]) -> Tensor:

@@ -76,7 +76,7 @@ def evaluate_artifact(
         # Logits of a CPU and of a GPU differ in their last bits, which the ratio to the original must not see.
         original_key = evaluation_key(model_key, ingredients | {"device": torch.device(device).type}, digest)
         before = _original_logits(folder / f"{original_key}.safetensors", original, settings, images, device)
-        after = logits(artifact(), _batches(settings, images), device)
+        after = logits(artifact(), _batches(settings, images), device, name="the compressed network")
         scores = _compare(before, after, settings, images)
         write_atomically(file, (json.dumps(asdict(scores), sort_keys=True, indent=1) + "\n").encode())
     return scores if settings.top5 else replace(scores, top5_before=None, top5_after=None)
@@ -114,7 +114,7 @@ def _original_logits(
     cached = _cached_logits(file)
     if cached is not None:
         return cached
-    found = logits(original(), _batches(settings, images), device)
+    found = logits(original(), _batches(settings, images), device, name="the original network")
     write_atomically(file, save({"logits": found}))
     return found
 
@@ -124,7 +124,9 @@ def _batches(settings: EvaluationSettings, images: ImageSet | None) -> Iterator[
         for batch in batches(images, settings.preprocess, BATCH_SIZE, settings.shape):
             yield batch.images
         return
-    yield from _noise(settings).split(BATCH_SIZE)
+    noise = _noise(settings)
+    for start in range(0, len(noise), BATCH_SIZE):
+        yield noise[start : start + BATCH_SIZE]
 
 
 def _noise(settings: EvaluationSettings) -> Tensor:
