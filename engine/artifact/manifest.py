@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = "model.safetensors"
 PROGRAM = "program.pt2"
+METADATA = {"format": "dfmpc", "format_version": str(FORMAT_VERSION)}
+"""The tensor file's own map of strings."""
 PARTS = ("codes", "scale", "zero_point", "input_scale")
 """What replaces a quantized weight: tensors named ``<weight>.<part>``."""
 
@@ -58,14 +60,14 @@ class LayerEntry(Strict):
     name: str
     weight: str
     op: Op
-    shape: tuple[int, ...] = Field(description="Stored shape of the weight.")
+    shape: tuple[int, ...] = Field(min_length=2, description="Stored shape of the weight.")
     dtype: str = Field(description="dtype of the weight in the original checkpoint.")
     groups: int = Field(ge=1)
     role: str
     partners: tuple[str, ...]
     folded: bool | None
     reason: str
-    bits: int = Field(ge=1, le=8)
+    bits: int = Field(ge=2, le=8)
     grid: Grid
     granularity: str
     rows: int = Field(ge=0)
@@ -92,8 +94,8 @@ class LayerEntry(Strict):
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors that replace the weight."""
-        there = {"codes": True, "scale": True, "zero_point": self.zero_point, "input_scale": self.input_scale}
-        return tuple(f"{self.weight}.{part}" for part in PARTS if there[part])
+        there = (True, True, self.zero_point, self.input_scale)
+        return tuple(f"{self.weight}.{part}" for part, is_there in zip(PARTS, there, strict=True) if is_there)
 
 
 class Manifest(Strict):
