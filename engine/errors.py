@@ -95,6 +95,10 @@ class DeviceError(DfmpcError):
     exit_code = 3
 
 
+class HostMemoryError(ModelError):
+    """A model whose predicted memory is above ``resources.host_memory``: it is not started."""
+
+
 class TaskTimeoutError(DfmpcError):
     """A task that ran past ``resources.task_timeout``."""
 

@@ -1,0 +1,31 @@
+"""Why a task's artifact could not be reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..artifact.key import TaskKey, explain
+from ..artifact.manifest import MANIFEST, Manifest, read_manifest
+from ..errors import ArtifactError
+
+
+def why_not_reused(folder: Path, key: TaskKey) -> str:
+    """Return why there is no complete artifact at ``folder``, against the newest one of the same model and plan."""
+    if folder.exists():
+        return f"{folder} is incomplete or altered, so it is made anew"
+    found = [manifest for path in _newest_first(folder.parent) if (manifest := _readable(path)) is not None]
+    if not found:
+        return f"there is no artifact of {folder.parent.parent.name}/{folder.parent.name} in the store yet"
+    return f"{explain(found[0].ingredients, key.ingredients)} (against {found[0].key[:12]})"
+
+
+def _newest_first(plan_folder: Path) -> list[Path]:
+    files = [file for file in plan_folder.glob(f"*/{MANIFEST}") if file.is_file()]
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
+
+
+def _readable(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except ArtifactError:
+        return None

@@ -1,0 +1,134 @@
+"""Report rows from what a task left: its manifest, its figures, its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .. import __version__
+from ..job.expand import Task
+from ..report.rows import LayerRow, ModelRow
+from .store import RunFolder
+
+if TYPE_CHECKING:  # these need torch, which the scheduler does without
+    from ..artifact.manifest import LayerEntry, Manifest
+    from ..evaluate.gates import GateResult
+    from ..evaluate.scores import Scores
+
+
+@cache
+def torch_version() -> str:
+    """Return the installed torch's version without importing it."""
+    return metadata.version("torch")
+
+
+def bare_row(
+    run: RunFolder, task: Task, status: Literal["done", "reused", "failed", "interrupted"], attempt: str, device: str
+) -> ModelRow:
+    """Return a row that says what was tried, on which device, and nothing of the result."""
+    return ModelRow(
+        run=run.run_id,
+        task=task.id,
+        model=task.model.name,
+        bit_plan=task.plan.name,
+        method=task.plan.method,
+        status=status,
+        finished_at=datetime.now(UTC),
+        attempt=attempt,
+        device=device or None,
+        dfmpc_version=__version__,
+        torch_version=torch_version(),
+    )
+
+
+def failed(row: ModelRow, error: BaseException) -> ModelRow:
+    """Return ``row`` as that of an attempt that ended with ``error``; what it says of the result so far stays."""
+    text = str(error) or "no message"
+    return replace(
+        row, status="failed", error_class=type(error).__name__, error=text, finished_at=datetime.now(UTC), gate=None
+    )
+
+
+def with_manifest(row: ModelRow, manifest: Manifest, store: Path, folder: Path, bytes_before: int) -> ModelRow:
+    """Add what the artifact in ``folder`` says of itself; ``bytes_before`` is the size of the checkpoint's files."""
+    bytes_after = manifest.bytes + (folder / "manifest.json").stat().st_size
+    return replace(
+        row,
+        recipe=manifest.recipe or None,
+        tier=manifest.tier,
+        calibrator=manifest.calibrator,
+        key=manifest.key,
+        artifact=folder.relative_to(store).as_posix(),
+        params=manifest.params,
+        pairs=sum(len(entry.partners) for entry in manifest.layers if entry.role == "low"),
+        bits_per_weight=manifest.bits_per_weight,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        ratio=bytes_before / bytes_after,
+    )
+
+
+def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:
+    """Add the evaluation's figures and what the gates said."""
+    return replace(
+        row,
+        top1_before=scores.top1_before,
+        top1_after=scores.top1_after,
+        top5_before=scores.top5_before,
+        top5_after=scores.top5_after,
+        agreement=scores.agreement,
+        logit_sqnr_db=scores.logit_sqnr_db,
+        measured_on=scores.measured_on,
+        images=scores.images,
+        gate=gate.status,
+        gate_reason="; ".join(gate.reasons) or None,
+    )
+
+
+def layer_rows(row: ModelRow, manifest: Manifest, seconds: Mapping[str, float]) -> list[LayerRow]:
+    """Return a row for every weight layer; ``seconds`` is what each took, empty for a reused artifact."""
+    rows = [_layer_row(row, entry, seconds.get(entry.name)) for entry in manifest.layers]
+    return rows + [_blank(row, name, "kept", reason) for name, reason in sorted(manifest.kept.items())]
+
+
+def _blank(row: ModelRow, name: str, role: str, reason: str) -> LayerRow:
+    return LayerRow(
+        run=row.run,
+        task=row.task,
+        model=row.model,
+        bit_plan=row.bit_plan,
+        attempt=row.attempt,
+        name=name,
+        role=role,
+        reason=reason,
+    )
+
+
+def _layer_row(row: ModelRow, entry: LayerEntry, seconds: float | None) -> LayerRow:
+    found = replace(
+        _blank(row, entry.name, entry.role, entry.reason),
+        partners=entry.partners,
+        shape=entry.shape,
+        op=str(entry.op),
+        params=math.prod(entry.shape),
+        bits=entry.bits,
+        grid=str(entry.grid),
+        granularity=entry.granularity,
+        sqnr_db=entry.sqnr_db,
+        sparsity=entry.sparsity,
+        folded=entry.folded,
+        norm_shift=entry.norm_shift,
+        seconds=seconds,
+    )
+    c = entry.coefficients
+    if c is None:
+        return found
+    return replace(
+        found, c_min=c.minimum, c_mean=c.mean, c_max=c.maximum, c_histogram=c.histogram, dead_channels=c.dead
+    )

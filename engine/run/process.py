@@ -1,0 +1,101 @@
+"""A worker process as its scheduler sees it: started, spoken to, killed, and asked how it ended.
+
+It is started by its own command line rather than by multiprocessing, so that the caller's main module is not run
+again, the thread counts stand in the environment before torch is imported, and the process leads a session of its
+own: Ctrl-C reaches the scheduler alone, and one signal reaches whatever the worker started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+
+from .messages import Message, RunGroup, WorkerSettings
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dfmpc.run.worker import main; main(int(sys.argv[1]))"
+)
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+STOP_S = 5.0
+"""How long a worker may take to end after SIGTERM before it is killed."""
+
+
+class WorkerProcess:
+    """One worker; OSError where it cannot be started."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the scheduler's stdout may be a JSON document
+                start_new_session=True,
+                env={**os.environ, **dict.fromkeys(_THREADS, str(settings.threads))},
+            )
+        self.connection: Connection = Connection(ours.detach())
+        self.send(settings)
+
+    def send(self, message: WorkerSettings | RunGroup) -> None:
+        """Send ``message``; a worker that is gone is noticed by the next ``receive``."""
+        try:
+            self.connection.send(message)
+        except ConnectionError:
+            return
+
+    def receive(self) -> Message | None:
+        """Return the next message, or None where the worker is gone."""
+        try:
+            message: Message = self.connection.recv()
+        except (EOFError, ConnectionError):
+            return None
+        return message
+
+    def stop(self) -> None:
+        """End the worker's whole group: politely, then for good."""
+        self._signal(signal.SIGTERM)
+        self.kill(STOP_S)
+
+    def kill(self, grace_s: float = 0.0) -> str:
+        """Kill the worker's whole group and return how the worker ended, such as ``was ended by SIGKILL``.
+
+        A worker that is ending by itself has ``grace_s`` seconds to leave its own exit code.
+        """
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+        code = self._process.wait()
+        self._signal(signal.SIGKILL)  # what it started may outlive it
+        self.connection.close()
+        return describe_exit(code)
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id, which is its group's too."""
+        return self._process.pid
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+def describe_exit(code: int) -> str:
+    """Return an exit status in words, with what it mostly means."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = {
+        "SIGKILL": " (often the kernel for want of memory: lower resources.threads or the number of devices)",
+        "SIGSEGV": " (a crash in native code)",
+        "SIGBUS": " (a file shrank while it was mapped, or a bad disk)",
+    }.get(name, "")
+    return f"was ended by {name}{hint}"

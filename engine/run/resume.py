@@ -1,0 +1,52 @@
+"""Which run a command belongs to, and which of its tasks are still to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..job.expand import Task
+from ..report.parts import read_models
+from ..report.rows import ModelRow
+from .ledger import TaskState, fold
+from .store import FrozenRun, RunFolder, Store, create_run, same_list
+
+
+@dataclass(frozen=True)
+class JoinedRun:
+    """A run, new or found, and what is left of it."""
+
+    run: RunFolder
+    open_tasks: tuple[Task, ...]
+    resumed: bool
+
+
+def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = False) -> JoinedRun:
+    """Join the newest unfinished run of the same list, else start one.
+
+    With ``retry_failed`` the newest run of the list is joined even if it is finished, where it has failed tasks.
+    Failed tasks of a joined run are open only then.
+    """
+    for run in same_list(store, frozen)[:1]:
+        states = fold(run)
+        open_tasks = tuple(_open_tasks(run, frozen, states, retry_failed))
+        if open_tasks:
+            return JoinedRun(run, open_tasks, resumed=True)
+    return JoinedRun(create_run(store, frozen), tuple(frozen.tasks), resumed=False)
+
+
+def _open_tasks(run: RunFolder, frozen: FrozenRun, states: Mapping[str, TaskState], retry_failed: bool) -> list[Task]:
+    rows = {row.task: row for row in read_models(run.path)}
+    return [
+        task
+        for task in frozen.tasks
+        if not _is_settled(run, states.get(task.id, TaskState()), rows.get(task.id), retry_failed)
+    ]
+
+
+def _is_settled(run: RunFolder, state: TaskState, row: ModelRow | None, retry_failed: bool) -> bool:
+    if state.status == "failed":
+        return not retry_failed
+    if state.status not in ("done", "reused") or row is None or row.artifact is None:
+        return False
+    return (run.store.root / row.artifact / "manifest.json").is_file()

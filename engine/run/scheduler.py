@@ -1,0 +1,189 @@
+"""A job from its file to its report: which run, which tasks, which workers, and the exit code at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import HostMemoryError, InterruptedRunError, UsageError
+from ..job.expand import Task, expand
+from ..job.loader import LoadedJob
+from ..report.parts import read_models
+from ..report.rows import ModelRow
+from .devices import device_slots
+from .dispatch import Dispatcher
+from .interrupts import Interrupts
+from .ledger import Event, Kind, Ledger
+from .messages import WorkerSettings
+from .progress import Progress
+from .resume import JoinedRun, create_or_join_run
+from .sizes import predicted_host_bytes, source_bytes
+from .slots import make_slots
+from .store import FrozenRun, Store, freeze
+
+_GIB = 2**30
+FAILED = 3
+"""Exit code of a run with failed tasks or a closed gate."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command line adds to a job file."""
+
+    only: str | None = None
+    """fnmatch pattern over task ids (MODEL/PLAN)."""
+    retry_failed: bool = False
+    devices: str | None = None
+    """Replaces resources.devices: auto, cpu, cuda or names separated by commas."""
+    allow_code: tuple[str, ...] = ()
+    """Module prefixes or folders added to the allow-list of factories."""
+    progress: bool = True
+    explain: bool = False
+    """Collect why tasks were not reused."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended. ``exit_code``: 0 all done or reused, 3 failed tasks or a closed gate, 75 interrupted."""
+
+    run: Path
+    rows: list[ModelRow]
+    exit_code: int
+    explanations: list[str] = field(default_factory=list)
+    resumed: bool = False
+
+
+def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary:
+    """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
+
+    Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
+    written. What fails later is in the rows.
+    """
+    tasks = _chosen(expand(loaded), options.only)
+    devices = device_slots(options.devices or _devices_of(loaded))
+    store = Store(loaded.store)
+    store.prepare()
+    frozen = freeze(loaded, tasks)
+    joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
+    sweep_leftovers(store)
+    with Interrupts() as interrupts:
+        dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
+    return _summary(joined, frozen, dispatcher, interrupts, options)
+
+
+def _chosen(tasks: list[Task], only: str | None) -> list[Task]:
+    if only is None:
+        return tasks
+    chosen = [task for task in tasks if fnmatchcase(task.id, only)]
+    if not chosen:
+        known = ", ".join(task.id for task in tasks[:8]) + (", …" if len(tasks) > 8 else "")
+        raise UsageError(f"--only {only!r} matches no task; the tasks are {known} (patterns such as 'MODEL/*' work)")
+    return chosen
+
+
+def _devices_of(loaded: LoadedJob) -> str | list[str]:
+    return loaded.job.resources.devices
+
+
+def sweep_leftovers(store: Store) -> None:
+    """Remove attempts of dead processes, where there is any."""
+    if any(store.attempts.iterdir()):
+        from ..artifact.commit import sweep  # noqa: PLC0415 - it needs torch, which the scheduler does without
+
+        sweep(store.root)
+
+
+def _carry_out(
+    loaded: LoadedJob,
+    joined: JoinedRun,
+    frozen: FrozenRun,
+    devices: Sequence[str],
+    options: RunOptions,
+    interrupts: Interrupts,
+) -> Dispatcher:
+    resources, ledger = loaded.job.resources, Ledger(joined.run)
+    settings = WorkerSettings(
+        run=joined.run.path,
+        device="cpu",
+        threads=resources.threads,
+        allow_code=options.allow_code,
+        evaluate=frozen.evaluate,
+        gates=frozen.gates,
+        seed=frozen.seed,
+        parent=0,
+    )
+    sizes = {task.id: source_bytes(task.model) for task in joined.open_tasks}
+    progress = Progress(sizes, shown=options.progress)
+    dispatcher = Dispatcher(joined.run, make_slots(devices, settings), ledger, progress, resources.task_timeout)
+    try:
+        dispatcher.record(Event(Kind.RUN_STARTED))
+        groups = _refuse_large(dispatcher, grouped(joined.open_tasks, sizes), sizes, resources.host_memory)
+        dispatcher.work(groups, interrupts)
+        if interrupts.received is None:
+            dispatcher.record(Event(Kind.RUN_FINISHED))
+        else:
+            sweep_leftovers(joined.run.store)
+            progress.note(_interrupted_text(joined, dispatcher, interrupts))
+    finally:
+        progress.close()
+        ledger.close()
+    return dispatcher
+
+
+def grouped(tasks: Sequence[Task], sizes: Mapping[str, int]) -> list[list[Task]]:
+    """Return the tasks by model, the largest model first: the last worker to finish then has little left."""
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.model.name, []).append(task)
+    return sorted(groups.values(), key=lambda group: -sizes[group[0].id])
+
+
+def _refuse_large(
+    dispatcher: Dispatcher, groups: list[list[Task]], sizes: Mapping[str, int], limit: float | None
+) -> list[list[Task]]:
+    """Fail the tasks of models that would not fit into ``limit`` bytes; return the other groups."""
+    fitting = []
+    for group in groups:
+        predicted = predicted_host_bytes(sizes[group[0].id])
+        if limit is None or predicted <= limit:
+            fitting.append(group)
+            continue
+        error = HostMemoryError(
+            f"{group[0].model.name} is predicted to need {predicted / _GIB:.2f} GiB of memory "
+            f"(4 x checkpoint + 600 MB), resources.host_memory is {limit / _GIB:.2f} GiB: "
+            "raise it, or leave the model out"
+        )
+        for task in group:
+            dispatcher.fail(task, error)
+    return fitting
+
+
+def _interrupted_text(joined: JoinedRun, dispatcher: Dispatcher, interrupts: Interrupts) -> str:
+    left = len(joined.open_tasks) - sum(row.status != "interrupted" for row in dispatcher.rows.values())
+    error = InterruptedRunError(
+        f"interrupted by {interrupts.received} with {left} tasks left; what is finished is kept, "
+        f"the same command resumes {joined.run.path}"
+    )
+    return str(error)
+
+
+def _summary(
+    joined: JoinedRun, frozen: FrozenRun, dispatcher: Dispatcher, interrupts: Interrupts, options: RunOptions
+) -> RunSummary:
+    # a row that a full disk kept out of the report is still in memory
+    rows = {row.task: row for row in read_models(joined.run.path)} | dispatcher.rows
+    ordered = [rows[task.id] for task in frozen.tasks if task.id in rows]
+    return RunSummary(
+        run=joined.run.path,
+        rows=ordered,
+        exit_code=InterruptedRunError.exit_code if interrupts.received else exit_code_of(ordered),
+        explanations=dispatcher.explanations if options.explain else [],
+        resumed=joined.resumed,
+    )
+
+
+def exit_code_of(rows: Sequence[ModelRow]) -> int:
+    """Return 3 where a task failed or a gate is closed, else 0."""
+    return FAILED if any(row.status == "failed" or row.gate == "fail" for row in rows) else 0
