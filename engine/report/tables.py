@@ -50,12 +50,12 @@ def models_table(rows: Sequence[ModelRow]) -> Table:
         (TableColumn("MiB\nbefore"), lambda row: _number(row.bytes_before, 2, _MIB)),
         (TableColumn("MiB\nafter"), lambda row: _number(row.bytes_after, 2, _MIB)),
         (TableColumn("ratio"), lambda row: _number(row.ratio, 2)),
-        (TableColumn("bits per\nweight"), lambda row: _number(row.bits_per_weight, 2)),
+        (TableColumn("bits a\nweight"), lambda row: _number(row.bits_per_weight, 2)),
         (TableColumn("top-1 %\nbefore"), lambda row: _number(row.top1_before, 2)),
         (TableColumn("top-1 %\nafter"), lambda row: _number(row.top1_after, 2)),
         (TableColumn("top-5 %\nbefore"), lambda row: _number(row.top5_before, 2)),
         (TableColumn("top-5 %\nafter"), lambda row: _number(row.top5_after, 2)),
-        (TableColumn("agree-\nment"), lambda row: _number(row.agreement, 3)),
+        (TableColumn("agree"), lambda row: _number(row.agreement, 3)),
         (TableColumn("SQNR\ndB"), lambda row: _number(row.logit_sqnr_db, 1)),
         (TableColumn("gate", right=False), lambda row: "" if row.gate in (None, "none") else str(row.gate)),
         (TableColumn("time\ns"), lambda row: _number(_seconds(row), 1)),
@@ -96,7 +96,7 @@ def render(table: Table) -> str:
     widths = _widths(table, heads)
     lines = [*heads, ["-" * width for width in widths], *table.rows]
     text = [_line(line, widths, table.columns) for line in lines] if table.columns else []
-    return "\n".join([*text, *table.notes])
+    return "\n".join([*text, *([""] if text and table.notes else []), *table.notes])
 
 
 def to_json(rows: Sequence[Row]) -> str:

@@ -28,10 +28,10 @@ def encode(image, form="PNG"):
     return stream.getvalue()
 
 
-def write(path, encoded, labels, image_type=IMAGE, label_type=pa.int64(), rows_a_group=2):
-    column = pa.array([{"bytes": item, "path": None} for item in encoded], image_type)
+def write(path, encoded, labels, rows_a_group=2):
+    column = pa.array([{"bytes": item, "path": None} for item in encoded], IMAGE)
     pq.write_table(
-        pa.table({"image": column, "label": pa.array(labels, label_type)}), path, row_group_size=rows_a_group
+        pa.table({"image": column, "label": pa.array(labels, pa.int64())}), path, row_group_size=rows_a_group
     )
     return path
 
@@ -89,7 +89,9 @@ def test_images_are_decoded_once_for_many_passes(tmp_path, monkeypatch):
     images, opened = read_images(path), []
     first = torch.cat([batch.images for batch in batches(images, Preprocess(), 3)])
     monkeypatch.setattr(images_module.Image, "open", lambda *_: opened.append(1))
-    again = torch.cat([batch.images for batch in batches(read_images(path), Preprocess(mean=(0.5,) * 3, std=(1.0,) * 3), 2)])
+    again = torch.cat(
+        [batch.images for batch in batches(read_images(path), Preprocess(mean=(0.5,) * 3, std=(1.0,) * 3), 2)]
+    )
     assert not opened
     torch.testing.assert_close(again, first - 0.5)
 
@@ -161,5 +163,5 @@ def test_another_size_than_the_networks_names_the_remedy(tmp_path):
     path = write(tmp_path / "a.parquet", [encode(picture(8, 9))], [0])
     with pytest.raises(DataError, match="images are 3x8x9, the network takes 3x4x4: set crop: 4"):
         all_of(path, Preprocess(), input_size=(3, 4, 4))
-    with pytest.raises(DataError, match="the network takes 1x8x9: drop evaluate.data"):
+    with pytest.raises(DataError, match=r"the network takes 1x8x9: drop evaluate\.data"):
         all_of(path, Preprocess(), input_size=(1, 8, 9))

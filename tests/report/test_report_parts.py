@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from datetime import UTC, datetime, timedelta
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from dfmpc.errors import StorageError, UsageError
+from dfmpc.report.parts import read_layers, read_models, write_part
+from dfmpc.report.rows import LayerRow, ModelRow
+
+NOON = datetime(2025, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
+TASK = {"run": "r", "task": "net/mp2-6", "model": "net", "bit_plan": "mp2-6"}
+
+
+def model_row(**changes):
+    fields = TASK | {"method": "dfmpc", "status": "done", "finished_at": NOON} | changes
+    return ModelRow(**fields)
+
+
+def layer_row(name="conv1", **changes):
+    return LayerRow(**(TASK | {"name": name, "role": "low"} | changes))
+
+
+FULL_MODEL = model_row(
+    recipe="published",
+    tier="closed-form",
+    params=270_000,
+    bytes_before=555_664,
+    bytes_after=60_000,
+    ratio=9.26,
+    top1_before=91.48,
+    agreement=0.75,
+    gate="pass",
+)
+FULL_LAYER = layer_row(
+    partners=("conv2", "conv3"),
+    shape=(16, 3, 3, 3),
+    op="conv",
+    bits=2,
+    sqnr_db=7.5,
+    c_histogram=(0, 3, 13),
+    folded=True,
+    reason="größer",
+)
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    layers = [FULL_LAYER, layer_row("conv2", role="high", folded=False), layer_row("fc", role="unpaired")]
+    file = write_part(tmp_path, FULL_MODEL, layers, "a1")
+    assert read_models(tmp_path) == [dataclasses.replace(FULL_MODEL, attempt="a1")]
+    assert read_layers(tmp_path) == [dataclasses.replace(row, attempt="a1") for row in layers]
+    assert file.parent == tmp_path / "report" / "models"
+    assert [path.name for path in (tmp_path / "report" / "layers").iterdir()] == [file.name]
+
+
+def test_parts_are_zstd(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [], "a1")
+    assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_the_newest_attempt_counts_whatever_it_is_called(tmp_path):
+    failed = model_row(status="failed", error_class="StorageError", error="disk full")
+    write_part(tmp_path, model_row(finished_at=NOON + timedelta(microseconds=1)), [layer_row("new")], "a1")
+    write_part(tmp_path, failed, [layer_row("old")], "b2")
+    other = model_row(task="net/rtn4", bit_plan="rtn4", method="rtn")
+    write_part(tmp_path, other, [], "a1")
+    assert [(row.task, row.status, row.attempt) for row in read_models(tmp_path)] == [
+        ("net/mp2-6", "done", "a1"),
+        ("net/rtn4", "done", "a1"),
+    ]
+    assert [row.name for row in read_layers(tmp_path)] == ["new"]
+
+
+def test_infinite_and_undefined_become_null(tmp_path):
+    write_part(tmp_path, model_row(logit_sqnr_db=math.inf, agreement=math.nan), [layer_row(sqnr_db=math.inf)], "a1")
+    (row,) = read_models(tmp_path)
+    assert (row.logit_sqnr_db, row.agreement) == (None, None)
+    assert read_layers(tmp_path)[0].sqnr_db is None
+
+
+def test_a_run_without_parts_is_empty_and_no_run_is_an_error(tmp_path):
+    assert read_models(tmp_path) == []
+    assert read_layers(tmp_path) == []
+    with pytest.raises(UsageError, match="absent: no such run"):
+        read_models(tmp_path / "absent")
+
+
+def test_a_torn_part_is_named(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(UsageError) as caught:
+        read_models(tmp_path)
+    assert str(file) in str(caught.value)
+    assert "torn or unreadable" in str(caught.value)
+
+
+def test_a_missing_part_of_layers_is_named(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
+    lost = tmp_path / "report" / "layers" / file.name
+    lost.unlink()
+    with pytest.raises(UsageError, match="missing") as caught:
+        read_layers(tmp_path)
+    assert str(lost) in str(caught.value)
+
+
+@pytest.mark.parametrize(("version", "said"), [(b"2", "version 2"), (None, "version none")])
+def test_another_schema_version_is_refused_by_name(tmp_path, version, said):
+    file = write_part(tmp_path, FULL_MODEL, [], "a1")
+    metadata = {} if version is None else {b"dfmpc.schema_version": version}
+    pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
+    with pytest.raises(UsageError, match=f"{said}, this dfmpc reads 1") as caught:
+        read_models(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_other_columns_under_our_version_are_refused(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [], "a1")
+    pq.write_table(pq.read_table(file).drop_columns(["ratio"]), file)
+    with pytest.raises(UsageError, match="columns are not those of report schema 1"):
+        read_models(tmp_path)
+
+
+def test_leftovers_of_a_dead_writer_are_not_read(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [], "a1")
+    (file.parent / f".{file.name}.123.tmp").write_bytes(b"half")
+    assert len(read_models(tmp_path)) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "report").write_text("a file where the folder belongs")
+    with pytest.raises(StorageError, match="report"):
+        write_part(tmp_path, FULL_MODEL, [], "a1")
+
+
+def test_an_attempt_that_is_no_file_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'\.\./x'"):
+        write_part(tmp_path, FULL_MODEL, [], "../x")
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
+    failed = model_row(task="net/rtn4", bit_plan="rtn4", status="failed", error_class="NonFiniteError", error="NaN")
+    write_part(tmp_path, failed, [], "a1")
+    return tmp_path / "report"
+
+
+def test_pyarrow_and_pandas_read_the_folder(run):
+    assert pq.read_table(run / "models").num_rows == 2
+    frame = pd.read_parquet(run / "models").sort_values("bit_plan")
+    assert frame["top1_before"].tolist()[0] == 91.48
+    assert frame["bytes_before"].tolist()[0] == 555_664
+    assert frame["finished_at"].iloc[0] == pd.Timestamp(NOON)
+    assert list(pd.read_parquet(run / "layers")["partners"].iloc[0]) == ["conv2", "conv3"]
+
+
+def test_duckdb_reads_the_parts(run):
+    found = duckdb.sql(
+        f"select m.model, m.params, l.shape, l.c_histogram, l.folded from '{run}/models/*.parquet' m "
+        f"join '{run}/layers/*.parquet' l using (task, attempt) where m.status = 'done'"
+    ).fetchall()
+    assert found == [("net", 270_000, [16, 3, 3, 3], [0, 3, 13], True)]
+
+
+def test_polars_reads_the_parts(run):
+    frame = pl.read_parquet(run / "models" / "*.parquet").sort("bit_plan")
+    assert frame["status"].to_list() == ["done", "failed"]
+    assert frame["agreement"].to_list() == [0.75, None]
+    assert pl.read_parquet(run / "layers" / "*.parquet")["reason"].to_list() == ["größer"]
