@@ -1,0 +1,165 @@
+"""Networks from code: only modules on the allow-list are imported, and nothing of a model runs before that check."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import FactoryError, UsageError
+
+DEFAULT_MODULES = ("torchvision.models", "timm", "efficientnet_lite_pytorch")
+ENVIRONMENT = "DFMPC_ALLOW_CODE"
+
+
+class FactorySource(Protocol):
+    """The part of a model's source that names code."""
+
+    @property
+    def factory(self) -> str | None:
+        """``module:callable``, dots allowed in both."""
+
+    @property
+    def args(self) -> Sequence[Any]:
+        """Positional arguments."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Keyword arguments."""
+
+
+@dataclass(frozen=True)
+class AllowList:
+    """Module prefixes, and folders whose own modules may be imported."""
+
+    modules: tuple[str, ...]
+    folders: tuple[Path, ...] = ()
+
+    @classmethod
+    def default(cls, extra: Sequence[str] = ()) -> AllowList:
+        """Return the built-in modules, ``extra`` and the entries of DFMPC_ALLOW_CODE (comma-separated).
+
+        An entry with a path separator, or that is an existing folder, is a folder. Raises UsageError where it is none.
+        """
+        entries = [*extra, *(entry.strip() for entry in os.environ.get(ENVIRONMENT, "").split(","))]
+        folders = [entry for entry in entries if entry and _is_folder(entry)]
+        modules = [entry for entry in entries if entry and not _is_folder(entry)]
+        return cls((*DEFAULT_MODULES, *modules), tuple(Path(entry).resolve() for entry in folders))
+
+    def allows(self, factory: str) -> bool:
+        """Whether ``factory`` (``module:callable``) is code that may be imported."""
+        module = factory.partition(":")[0]
+        inside = any(module == prefix or module.startswith(f"{prefix}.") for prefix in self.modules)
+        return inside or self.folder_of(module) is not None
+
+    def build(self, source: FactorySource) -> nn.Module:
+        """Import the factory of ``source`` and call it with its arguments; the weights are left uninitialised.
+
+        Raises FactoryError where the factory is not allowed, cannot be imported, fails, or gives no nn.Module.
+        """
+        factory = source.factory or ""
+        if not self.allows(factory):
+            raise FactoryError(
+                f"factory {factory!r} is not on the allow-list ({', '.join(self._entries())}); "
+                f"add its module or folder with --allow-code or {ENVIRONMENT}"
+            )
+        function = self._resolve(factory)
+        try:
+            with _NoInitialisation():
+                module = function(*source.args, **source.kwargs)
+        except Exception as error:  # a factory is foreign code and may raise anything
+            raise FactoryError(f"factory {factory!r} failed: {_said(error)}; check its args and kwargs") from error
+        if not isinstance(module, nn.Module):
+            raise FactoryError(f"factory {factory!r} gave a {type(module).__name__}; expected a torch.nn.Module")
+        return module
+
+    def distribution_version(self, factory: str) -> str:
+        """Return what pins a factory's code, without importing it.
+
+        ``name==version`` of the distribution that owns its module; for code of an allowed folder or of no
+        distribution the sha256 of the module's file; else ``unknown``.
+        """
+        module = factory.partition(":")[0]
+        folder = self.folder_of(module)
+        if folder is None:
+            names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [])
+            if names:
+                return ",".join(f"{name}=={importlib.metadata.version(name)}" for name in sorted(set(names)))
+        file = _module_file(folder, module) if folder else _found_file(module)
+        return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" if file else "unknown"
+
+    def _entries(self) -> list[str]:
+        return [*self.modules, *(str(folder) for folder in self.folders)]
+
+    def folder_of(self, module: str) -> Path | None:
+        """Return the allowed folder that holds ``module`` directly, if one does."""
+        return next((folder for folder in self.folders if _module_file(folder, module)), None)
+
+    def _resolve(self, factory: str) -> Any:
+        name, _, attributes = factory.partition(":")
+        folder = self.folder_of(name)
+        if folder is not None and str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        try:
+            found: Any = importlib.import_module(name)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
+        except Exception as error:  # importing runs foreign code, which may raise anything
+            raise FactoryError(
+                f"factory {factory!r} cannot be imported: {_said(error)}; install its package or correct the name"
+            ) from error
+        if not callable(found):
+            raise FactoryError(f"factory {factory!r} is not callable; expected 'module:callable'")
+        return found
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: every parameter comes from the checkpoint, and random numbers take seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _is_folder(entry: str) -> bool:
+    if Path(entry).is_dir():
+        return True
+    if os.sep in entry or "/" in entry:
+        raise UsageError(f"--allow-code {entry}: no such folder; give an existing folder or a module prefix")
+    return False
+
+
+def _module_file(folder: Path, module: str) -> Path | None:
+    first = module.partition(".")[0]
+    if not first.isidentifier():
+        return None
+    if not (folder / f"{first}.py").is_file() and not (folder / first).is_dir():
+        return None
+    path = folder.joinpath(*module.split("."))
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _found_file(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None

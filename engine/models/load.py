@@ -1,0 +1,171 @@
+"""A model's source becomes a ready network, its graph and its original tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..errors import MismatchError, NonFiniteError, UnsupportedModelError
+from ..job.expand import ModelSource
+from .capture import capture, capture_program
+from .checkpoint import checkpoint_files, read_checkpoint
+from .factory import AllowList
+from .graph import Graph, Op
+from .program import load_program, save_placeholder_program
+
+__all__ = ["LoadedModel", "input_files", "load_model", "rebuild_module", "save_placeholder_program"]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network on the CPU in eval mode, without gradients, its parameters in float32."""
+
+    source: ModelSource
+    module: nn.Module
+    graph: Graph
+    state: dict[str, Tensor]
+    """The checkpoint's tensors in their stored dtypes under the network's names."""
+    input_shape: tuple[int, ...]
+    """Of one example, batch first."""
+    checkpoint_bytes: int
+    """Size of the input files."""
+    program: ExportedProgram | None = None
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A factory and its arguments, as ``AllowList.build`` wants them."""
+
+    factory: str | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+def input_files(source: ModelSource) -> list[Path]:
+    """Return the files that ``source`` is read from. Raises CheckpointError where one is missing."""
+    return checkpoint_files(source.program or source.checkpoint or "")
+
+
+def load_model(source: ModelSource, allow: AllowList) -> LoadedModel:
+    """Load, check and capture one model.
+
+    Raises CheckpointError, UnsafeCheckpointError, FactoryError, MismatchError, NonFiniteError or
+    UnsupportedModelError, each of which fails this model's tasks only.
+    """
+    files = input_files(source)
+    size = sum(file.stat().st_size for file in files)
+    if source.program is not None:
+        return _load_program(source, files[0], size)
+    shape = tuple(source.input or ())
+    module = allow.build(source)
+    state = _put(module, read_checkpoint(files), str(files[0]))
+    graph = capture(module, shape)
+    return LoadedModel(source, module, graph, state, shape, size)
+
+
+def rebuild_module(
+    *,
+    factory: str | None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    program: Path | None = None,
+    state: Mapping[str, Tensor],
+    allow: AllowList,
+) -> nn.Module:
+    """Return the network of an artifact with ``state`` in it: the factory's, or that of ``program`` (a .pt2).
+
+    It is on the CPU in eval mode, without gradients, in float32. Raises what ``load_model`` raises.
+    """
+    if program is not None:
+        module = _program_module(load_program(program))
+    else:
+        module = allow.build(_Code(factory, args, kwargs or {}))
+    _put(module, dict(state), str(program or factory))
+    return module
+
+
+def _load_program(source: ModelSource, file: Path, size: int) -> LoadedModel:
+    program = load_program(file)
+    _check_single_precision(program, file)
+    state = {name: tensor.detach() for name, tensor in program.state_dict.items()}
+    _check_finite(state, str(file))
+    graph = capture_program(program)
+    shape = next(node.shape for node in graph.nodes if node.op is Op.INPUT)
+    return LoadedModel(source, _program_module(program), graph, state, shape, size, program)
+
+
+def _check_single_precision(program: ExportedProgram, file: Path) -> None:
+    other = [
+        name
+        for name, tensor in program.state_dict.items()
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32
+    ]
+    if other:
+        raise UnsupportedModelError(
+            f"{file}: {len(other)} tensors are not float32 ({', '.join(other[:_SHOWN])}), so the program computes in "
+            "another precision; export it from module.float()"
+        )
+
+
+def _program_module(program: ExportedProgram) -> nn.Module:
+    return _frozen(program.module())
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _put(module: nn.Module, state: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Put ``state`` into ``module`` (eval, float32, no gradients) and return it in the module's order."""
+    own = module.state_dict()
+    _check_names(own, state, origin)
+    _check_finite(state, origin)
+    module.float()
+    module.load_state_dict(state, strict=False)
+    if not isinstance(module, torch.fx.GraphModule):
+        module.eval()
+    _frozen(module)
+    return {name: state[name] for name in own if name in state}
+
+
+def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:
+    # Old checkpoints do not have the counter, and a network in eval mode never reads it.
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    shaped = [
+        f"{name} ({list(state[name].shape)}, expected {list(tensor.shape)})"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shaped}
+    parts = [f"{len(names)} {what}: {_listed(names)}" for what, names in found.items() if names]
+    if parts:
+        raise MismatchError(
+            f"{origin}: the tensors do not fit the network: {'; '.join(parts)}; check the factory's arguments "
+            "and that the checkpoint is of this architecture"
+        )
+
+
+def _check_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    broken = [
+        name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if broken:
+        raise NonFiniteError(
+            f"{origin}: NaN or Inf in {len(broken)} tensors: {_listed(broken)}; the checkpoint is damaged or diverged"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
