@@ -48,19 +48,19 @@ class RoleGranularity(Strict):
 class NoCalibrator(Strict):
     """BatchNorm statistics stay as they are."""
 
-    name: Literal["none"] = "none"
+    name: Literal["none"] = Field("none", description="Which calibrator.")
 
 
 class NormCalibrator(Strict):
     """Statistics scale with the ratio of the quantized to the original row norm (methods.md, section 2)."""
 
-    name: Literal["norm"] = "norm"
+    name: Literal["norm"] = Field("norm", description="Which calibrator.")
 
 
 class AnalyticCalibrator(Strict):
     """Closed-form moments propagated through the graph; no images (methods.md, section 2)."""
 
-    name: Literal["analytic"] = "analytic"
+    name: Literal["analytic"] = Field("analytic", description="Which calibrator.")
     rho: float = Field(0.5, ge=0, le=1, description="Assumed correlation between the taps of one input channel.")
     tau: float | None = Field(
         1.0, gt=0, description="Noise of the identity that refines the input means; null leaves them unrefined."
@@ -74,6 +74,11 @@ def _calibrator_from_name(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+_NAME_OR_MAPPING = BeforeValidator(
+    _calibrator_from_name, json_schema_input_type=Calibrator | Literal["none", "norm", "analytic"]
+)
+
+
 class Plan(Strict):
     """What every bit-plan has."""
 
@@ -83,7 +88,7 @@ class Plan(Strict):
 class DfmpcPlan(Plan):
     """DF-MPC (arXiv 2307.00498): LOW layers get few bits, per-channel coefficients let the HIGH layers repair them."""
 
-    method: Literal["dfmpc"]
+    method: Literal["dfmpc"] = Field(description="Which method.")
     low: Bits = Field(2, description="Bits of the LOW layers; 2 is ternary.")
     high: Bits = Field(6, description="Bits of the HIGH layers and of every layer in no pair.")
     granularity: Granularity | RoleGranularity = Field(
@@ -92,8 +97,8 @@ class DfmpcPlan(Plan):
     recipe: Literal["auto", "published"] = Field(
         "auto", description="published: the paper's steps with the named calibrator; auto: the best one known."
     )
-    calibrator: Annotated[Calibrator, BeforeValidator(_calibrator_from_name)] = Field(
-        default_factory=AnalyticCalibrator,
+    calibrator: Annotated[Calibrator, _NAME_OR_MAPPING] = Field(
+        default=AnalyticCalibrator(),
         description="How BatchNorm statistics are re-estimated without data: none, norm, analytic, or a mapping.",
     )
     compensate: bool = Field(True, description="Solve for the coefficients c; false leaves c = 1.")
@@ -104,7 +109,7 @@ class DfmpcPlan(Plan):
 class RtnPlan(Plan):
     """Round to nearest with absmax (or min-max) scales; the baseline."""
 
-    method: Literal["rtn"]
+    method: Literal["rtn"] = Field(description="Which method.")
     bits: Bits = Field(description="Bits of every layer.")
     granularity: Granularity = Field("channel", description="One scale a tensor, a channel or a group:N.")
     symmetric: bool = Field(True, description="false: min-max grid with a float zero point.")

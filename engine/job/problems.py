@@ -99,7 +99,7 @@ def _fields_at(location: FieldPath) -> list[str]:
 
 
 def _tags_at(location: FieldPath) -> list[str]:
-    return [repr(tag) for tag in _schema_at(location).get("discriminator", {}).get("mapping", {})]
+    return [repr(tag) for tag in _tags(_schema_at(location))]
 
 
 def _description(location: FieldPath) -> str:
@@ -130,8 +130,7 @@ def _resolved(root: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _step(root: Mapping[str, Any], node: Mapping[str, Any], part: str | int) -> Mapping[str, Any]:
-    tags = node.get("discriminator", {}).get("mapping", {})
-    if part in tags:
+    if part in (tags := _tags(node)):
         return {"$ref": tags[part]}
     if isinstance(part, int):
         return dict(node.get("items", {}))
@@ -139,6 +138,12 @@ def _step(root: Mapping[str, Any], node: Mapping[str, Any], part: str | int) -> 
         if branch.get("title") == part:
             return branch
     return dict(node.get("properties", {}).get(part, {}))
+
+
+def _tags(node: Mapping[str, Any]) -> Mapping[str | int, str]:
+    """Return the branches of a tagged union, which may itself be one branch beside a plain name."""
+    tagged = [one["discriminator"]["mapping"] for one in (node, *node.get("anyOf", ())) if "discriminator" in one]
+    return tagged[0] if tagged else {}
 
 
 def _branches(root: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -23,7 +23,7 @@ def _quantity(pattern: re.Pattern[str], example: str) -> BeforeValidator:
             raise ValueError(f"expected a number with a unit, such as {example}")
         return float(match.group(1)) * _FACTORS[match.group(2)]
 
-    return BeforeValidator(parse)
+    return BeforeValidator(parse, json_schema_input_type=str | float)
 
 
 def _pattern(pattern: str, expected: str) -> AfterValidator:

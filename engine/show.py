@@ -1,0 +1,176 @@
+"""What the commands print: results as text for people, and as one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report.parts import read_layers, read_models
+from .report.rows import LayerRow, ModelRow
+from .report.tables import Table, TableColumn, layers_table, models_table, render, summary, to_json
+
+if TYPE_CHECKING:
+    from .artifact.manifest import Manifest
+    from .artifact.verify import VerifyResult
+    from .run.plan import Plan
+    from .run.scheduler import RunSummary
+    from .run.status import RunStatus
+
+_MIB = 2**20
+
+
+def run_text(store: Path, ended: RunSummary) -> str:
+    """Return the table of a run, its counts, and where artifacts and report lie."""
+    parts = [render(models_table(ended.rows)), summary(ended.rows), *ended.explanations]
+    return "\n".join([*parts, f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"])
+
+
+def run_json(store: Path, ended: RunSummary) -> str:
+    """Return the same as a document with run, store, exit_code, explanations and models (Parquet's names)."""
+    return _document(
+        run=str(ended.run),
+        store=str(store),
+        exit_code=ended.exit_code,
+        explanations=ended.explanations,
+        models=json.loads(to_json(ended.rows)),
+    )
+
+
+def plan_text(planned: Plan) -> str:
+    """Return a task a row, the totals and what would fail."""
+    totals = [f"{_title(name)}: {_cell(name, value)}" for name, value in asdict(planned.totals).items()]
+    return "\n".join([render(_table(planned.rows)), *totals, *(f"problem: {text}" for text in planned.problems)])
+
+
+def plan_json(planned: Plan) -> str:
+    """Return the same as a document with tasks, totals and problems."""
+    rows = [asdict(row) for row in planned.rows]
+    return _document(tasks=rows, totals=asdict(planned.totals), problems=list(planned.problems))
+
+
+def status_text(state: RunStatus) -> str:
+    """Return the counts and a task a row."""
+    names = ("done", "reused", "failed", "running", "waiting", "interrupted")
+    counts = ", ".join(f"{getattr(state, name)} {name}" for name in names)
+    head = f"{state.run}\n{state.job}: {state.total} tasks: {counts}; {'finished' if state.finished else 'unfinished'}"
+    return f"{head}\n{render(_table([replace(task, error=_first_line(task.error)) for task in state.tasks]))}"
+
+
+def status_json(state: RunStatus) -> str:
+    """Return the same as a document with the fields of RunStatus."""
+    return _document(**{**asdict(state), "run": str(state.run)})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``dfmpc report`` was asked for; ``layers`` is None where it was not."""
+
+    run: Path
+    models: list[ModelRow]
+    layers: list[LayerRow] | None
+
+
+def read_report(run: Path, *, only: str, layers: bool) -> Report:
+    """Read the rows of the tasks that match ``only`` (fnmatch over MODEL/PLAN); UsageError for a broken report."""
+    models = [row for row in read_models(run) if fnmatchcase(row.task, only)]
+    found = [row for row in read_layers(run) if fnmatchcase(row.task, only)] if layers else None
+    return Report(run, models, found)
+
+
+def report_text(report: Report) -> str:
+    """Return the tables of a report."""
+    if not report.models:
+        return f"{report.run}: no task has a row yet"
+    parts = [render(models_table(report.models)), summary(report.models)]
+    if report.layers is not None:
+        parts += ["", render(layers_table(report.layers))]
+    return "\n".join(parts)
+
+
+def report_json(report: Report) -> str:
+    """Return the same as a document with run, models and, where asked for, layers (Parquet's names)."""
+    layers = {} if report.layers is None else {"layers": json.loads(to_json(report.layers))}
+    return _document(run=str(report.run), models=json.loads(to_json(report.models)), **layers)
+
+
+def artifact_text(manifest: Manifest) -> str:
+    """Return an artifact's facts and its layers, one a row."""
+    from .run.outcome import layer_rows  # noqa: PLC0415 - only inspect needs it
+
+    plan = str(manifest.plan["name"])
+    row = ModelRow(
+        run="",
+        task=f"{manifest.model}/{plan}",
+        model=manifest.model,
+        bit_plan=plan,
+        method=manifest.method,
+        status="done",
+        finished_at=datetime.now(UTC),
+    )
+    bits = "" if manifest.bits_per_weight is None else f", {manifest.bits_per_weight:.3f} bits a weight"
+    facts = [
+        f"{row.task}: {manifest.method}, recipe {manifest.recipe or '-'}, calibrator {manifest.calibrator or '-'}",
+        f"{manifest.bytes / _MIB:.2f} MiB{bits}; key {manifest.key}",
+    ]
+    return "\n".join([*facts, render(layers_table(layer_rows(row, manifest, {})))])
+
+
+def verify_all(path: Path) -> list[VerifyResult]:
+    """Verify an artifact, or every artifact of a run; UsageError where ``path`` is neither."""
+    from .artifact.manifest import MANIFEST  # noqa: PLC0415 - brings in torch
+    from .artifact.verify import verify  # noqa: PLC0415
+    from .run.store import find_run  # noqa: PLC0415
+
+    if (path / MANIFEST).is_file() or (path / "model.safetensors").is_file():
+        return [verify(path)]
+    run = find_run(path)
+    return [verify(run.store.root / row.artifact) for row in read_models(run.path) if row.artifact is not None]
+
+
+def verified_text(results: Sequence[VerifyResult]) -> str:
+    """Return a line an artifact and a line a finding."""
+    lines = [f"{'bad' if one.findings else 'good'}  {one.path}" for one in results]
+    findings = [f"{one.path}: {finding}" for one in results for finding in one.findings]
+    bad = sum(bool(one.findings) for one in results)
+    return "\n".join([*lines, *findings, f"{len(results)} artifacts checked, {bad} bad"])
+
+
+def verified_json(results: Sequence[VerifyResult]) -> str:
+    """Return the same as a document with artifacts: a list of the fields of VerifyResult."""
+    return _document(artifacts=[asdict(one) for one in results])
+
+
+def _document(**fields: Any) -> str:
+    return json.dumps(fields, indent=1, default=str)
+
+
+def _table(rows: Sequence[Any]) -> Table:
+    """Return dataclasses of one kind as a table; columns that are empty throughout are left out."""
+    cells = [{name: _cell(name, value) for name, value in asdict(row).items()} for row in rows]
+    used = [name for name in (cells[0] if cells else ()) if any(cell[name] for cell in cells)]
+    numbers = {name for name in used if all(isinstance(getattr(row, name), int | float | None) for row in rows)}
+    columns = tuple(TableColumn(_title(name), right=name in numbers) for name in used)
+    return Table(columns, tuple(tuple(cell[name] for name in used) for cell in cells))
+
+
+def _title(name: str) -> str:
+    return name.replace("_bytes", "_MiB").replace("bytes_", "MiB_").replace("_", " ")
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "yes"
+    if isinstance(value, int | float) and "bytes" in name:
+        return f"{value / _MIB:.2f}"
+    return str(value)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0]
