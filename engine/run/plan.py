@@ -20,6 +20,8 @@ from .sizes import predicted_host_bytes, source_bytes, source_files
 from .store import Store
 
 _HEADER_LIMIT = 100 * 2**20
+_MANIFEST_BYTES = 2048
+"""What a layer takes at most in the manifest and the header."""
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -149,7 +151,7 @@ def _tensor_bytes(tensor: _Tensor, bits: int) -> int:
         return tensor.size
     weights = tensor.size // _FLOAT_BYTES[tensor.dtype]
     rows = max(tensor.shape[:2])
-    return -(-weights * bits // 8) + rows * (4 + 1)
+    return -(-weights * bits // 8) + rows * (4 + 1) + _MANIFEST_BYTES
 
 
 def _header(file: Path) -> list[_Tensor] | None:

@@ -1,0 +1,84 @@
+"""The functions that ``import dfmpc`` offers: run a job, or compress one network in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from .compress.compress import compress_model
+from .compress.result import Compressed
+from .errors import NonFiniteError, UsageError
+from .job.expand import ModelSource
+from .job.loader import load_job
+from .job.methods import BitPlan
+from .models.capture import capture
+from .models.factory import AllowList
+from .models.load import LoadedModel
+from .run.scheduler import RunOptions, RunSummary, run_job
+
+_PLAN: TypeAdapter[Any] = TypeAdapter(BitPlan)
+
+
+def run(job: str | Path, *, output: str | None = None, **options: Any) -> RunSummary:
+    """Run a job file as ``dfmpc run`` does and return its rows, its folder and the exit code the command would have.
+
+    ``output`` replaces the job's; ``options`` are the fields of ``RunOptions``: ``only``, ``retry_failed``,
+    ``devices``, ``allow_code``, ``progress``, ``explain``. Signals are caught only in the main thread.
+
+    Raises JobFileError or UsageError where nothing could start.
+
+    Example:
+        summary = dfmpc.run("jobs/quickstart.yaml", output="store", only="*/rtn*", progress=False)
+        for row in summary.rows:
+            print(row.task, row.status, row.ratio)
+
+    """
+    known = RunOptions.__dataclass_fields__
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise UsageError(f"run() got {', '.join(unknown)}; the options are output, {', '.join(known)}")
+    chosen = RunOptions(**options)
+    allow = AllowList.default(chosen.allow_code)
+    return run_job(load_job(Path(job), output=output, allows=allow.allows), chosen)
+
+
+def compress(module: nn.Module, input_shape: Sequence[int], *, device: str = "cpu", **plan: Any) -> Compressed:
+    """Compress a network in memory and return its codes, corrected tensors and figures; ``module`` is left as it is.
+
+    ``input_shape`` is that of one example input, batch first; ``plan`` has the fields of a job file's bit-plan
+    (``name`` may be left out); ``device`` is where the kernels run, such as ``cpu`` or ``cuda:0``.
+
+    Raises UsageError for a plan that is none, NonFiniteError, and UnsupportedModelError for a network that cannot be
+    captured or paired.
+
+    Example:
+        compressed = dfmpc.compress(model, [1, 3, 224, 224], method="dfmpc", low=2, high=6)
+        for layer in compressed.layers:
+            print(layer.layer.name, layer.role, layer.quantized.format.bits, layer.sqnr_db)
+
+    """
+    chosen = _plan(plan)
+    model = copy.deepcopy(module).cpu().eval().requires_grad_(False)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise NonFiniteError(f"the module holds NaN or Inf in {', '.join(broken[:8])}: repair or retrain it")
+    model.float()  # the state keeps its stored dtypes
+    shape = tuple(int(size) for size in input_shape)
+    source = ModelSource(name="module", input=list(shape))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    loaded = LoadedModel(source, model, capture(model, shape), state, shape, size)
+    return compress_model(loaded, chosen, (), device)
+
+
+def _plan(fields: dict[str, Any]) -> Any:
+    try:
+        return _PLAN.validate_python({"name": "plan", **fields})
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors())
+        raise UsageError(f"compress() got no valid bit-plan: {said}") from error
