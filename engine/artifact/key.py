@@ -11,6 +11,7 @@ from importlib.metadata import version
 from dfmpc.kernels.formats import NUMERICS_VERSION
 from pydantic import JsonValue
 
+from ..compress.compress import describe_plan
 from ..job.expand import ModelSource, Task
 from ..job.methods import AnalyticCalibrator, BitPlan, DfmpcPlan
 from .manifest import FORMAT_VERSION
@@ -47,6 +48,8 @@ def task_key(task: Task, digests: Sequence[str], *, distribution: str | None, th
         "numerics_version": NUMERICS_VERSION,
         "dtypes": DTYPES,
         "source": _source(task.model, digests, distribution),
+        # what "auto" stands for may change, and then so do the bytes
+        "recipe": describe_plan(task.plan).recipe,
         "plan": task.plan.model_dump(mode="json", exclude={"name"}),
         "layers": [rule.model_dump(mode="json") for rule in task.layers],
     }

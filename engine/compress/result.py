@@ -50,8 +50,12 @@ class QuantizedLayer:
     @property
     def sqnr_db(self) -> float:
         """Signal over quantization error of the weights before c, in dB; inf where there is no error."""
-        signal = float(self.quantized.original_norm.sum())
-        error = signal - 2 * float(self.quantized.dot.sum()) + float(self.quantized.quantized_norm.sum())
+        # exact sums: what nearly cancels here must not depend on the order in which a machine adds
+        signal, dot, quantized = (
+            math.fsum(sums.tolist())
+            for sums in (self.quantized.original_norm, self.quantized.dot, self.quantized.quantized_norm)
+        )
+        error = signal - 2 * dot + quantized
         return math.inf if error <= 1e-15 * signal else 10 * math.log10(signal / error)
 
     @property

@@ -62,6 +62,7 @@ def test_ingredients_of_a_fixed_task() -> None:
             "inputs": [{"role": "checkpoint", "digest": A}],
             "torch": None,
         },
+        "recipe": "",
         "plan": {"method": "rtn", "bits": 4, "granularity": "channel", "symmetric": True},
         "layers": [],
     }
