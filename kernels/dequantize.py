@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._triton import Pointer, jit, tl
+from .device import load_codes
 from .formats import CodeFormat, Grid
-from .packing import unpack_reference
+from .launch import launch_shape, on_device, use_triton
+from .packing import check_packed, unpack_reference
 from .segments import row_chunks, row_parts
 
 
@@ -44,8 +47,80 @@ def dequantize_reference(
     return values
 
 
+@jit
+def dequantize_kernel(
+    packed_ptr: Pointer,
+    scale_ptr: Pointer,
+    zero_point_ptr: Pointer,
+    value_ptr: Pointer,
+    rows: Pointer,
+    length: Pointer,
+    group_size: Pointer,
+    groups: Pointer,
+    row_bytes: Pointer,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    LAYER_WISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Values as formats.Grid defines them, in float32 (DoReFa: float64, rounded once)."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    for first in range(0, length, BLOCK):
+        o_column = first + tl.arange(0, BLOCK)
+        mask = m_row[:, None] & (o_column < length)[None, :]
+        b_code = load_codes(packed_ptr, o_row * row_bytes, o_column, row_bytes, mask, BITS)
+        if LAYER_WISE:
+            o_scale = tl.zeros((ROWS, BLOCK), dtype=tl.int64)
+        else:
+            o_scale = o_row[:, None] * groups + (o_column // group_size)[None, :]
+        b_scale = tl.load(scale_ptr + o_scale, mask=mask, other=0.0)
+        if GRID == "asymmetric":
+            b_zero_point = tl.load(zero_point_ptr + o_scale, mask=mask, other=0.0)
+            b_value = (b_code.to(tl.float32) - b_zero_point) * b_scale
+        elif GRID == "dorefa":
+            b_level = (2 * b_code - (2**BITS - 1)).to(tl.float64)
+            b_value = (b_level * b_scale.to(tl.float64) / (2**BITS - 1)).to(tl.float32)
+        else:
+            b_value = (b_code - (1 if GRID == "ternary" else 2 ** (BITS - 1))).to(tl.float32) * b_scale
+        tl.store(value_ptr + o_row[:, None] * length + o_column[None, :], b_value, mask=mask)
+
+
+def dequantize_triton(
+    format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Launch the kernel; see ``dequantize_reference``."""
+    check_packed(codes, format.bits, format.length)
+    codes, scale, rows = codes.contiguous(), scale.contiguous(), codes.shape[0]
+    values = torch.empty((rows, format.length), dtype=torch.float32, device=codes.device)
+    if values.numel():
+        shape = launch_shape(rows, format.length)
+        with on_device(codes):
+            dequantize_kernel[(-(-rows // shape.rows),)](
+                codes,
+                scale,
+                scale if zero_point is None else zero_point.contiguous(),
+                values,
+                rows,
+                format.length,
+                format.group_size,
+                format.groups,
+                format.row_bytes,
+                GRID=format.grid.value,
+                BITS=format.bits,
+                LAYER_WISE=format.layer_wise,
+                ROWS=shape.rows,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                enable_fp_fusion=False,
+            )
+    return values.to(dtype)
+
+
 def dequantize(
     format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the values of packed codes; see ``dequantize_reference``."""
-    return dequantize_reference(format, codes, scale, zero_point, dtype)
+    run = dequantize_triton if use_triton(codes) else dequantize_reference
+    return run(format, codes, scale, zero_point, dtype)

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._triton import Pointer, jit, tl
+from .device import load_codes, store_codes
+from .launch import launch_shape, on_device, use_triton
+
 # Pairs of lanes that are joined in three steps: bytes, then 16-bit lanes, then 32-bit lanes of one int64.
 _LOW_LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
 
@@ -13,6 +17,14 @@ _LOW_LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFF
 def _check_bits(bits: int) -> None:
     if not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits}; use 2 to 8")
+
+
+def check_packed(packed: Tensor, bits: int, length: int) -> None:
+    """Raise ValueError unless rows of ``packed`` have the bytes that ``length`` codes take."""
+    _check_bits(bits)
+    expected = (length * bits + 7) // 8
+    if packed.shape[1] != expected:
+        raise ValueError(f"rows have {packed.shape[1]} bytes; {length} codes of {bits} bits take {expected}")
 
 
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
@@ -43,10 +55,8 @@ def unpack_reference(packed: Tensor, bits: int, length: int) -> Tensor:
     Raises:
         ValueError: ``bits`` is not 2 to 8, or the rows of ``packed`` have another number of bytes.
     """
-    _check_bits(bits)
+    check_packed(packed, bits, length)
     rows, row_bytes = packed.shape
-    if row_bytes != (length * bits + 7) // 8:
-        raise ValueError(f"rows have {row_bytes} bytes; {length} codes of {bits} bits take {(length * bits + 7) // 8}")
     if bits == 8:
         return packed.clone()
     groups = -(-length // 8)
@@ -63,11 +73,100 @@ def _repeat_lanes(mask: int, lane: int) -> int:
     return sum(mask << start for start in range(0, 64, lane))
 
 
+@jit
+def pack_kernel(
+    codes_ptr: Pointer,
+    packed_ptr: Pointer,
+    rows: Pointer,
+    length: Pointer,
+    row_bytes: Pointer,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Eight codes become ``BITS`` bytes: the word sum code_i 2^(i BITS), least significant byte first."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    for first in range(0, length, BLOCK):
+        o_column = first + tl.arange(0, BLOCK)
+        mask = m_row[:, None] & (o_column < length)[None, :]
+        b_code = tl.load(codes_ptr + o_row[:, None] * length + o_column[None, :], mask=mask, other=0).to(tl.int64)
+        store_codes(packed_ptr, b_code, o_row * row_bytes, first, length, m_row, BITS, ROWS, BLOCK)
+
+
+def pack_triton(codes: Tensor, bits: int) -> Tensor:
+    """Launch the kernel; see ``pack_reference``."""
+    _check_bits(bits)
+    codes = codes.contiguous()
+    rows, length = codes.shape
+    packed = torch.empty((rows, (length * bits + 7) // 8), dtype=torch.uint8, device=codes.device)
+    if codes.numel():
+        shape = launch_shape(rows, length)
+        with on_device(codes):
+            pack_kernel[(-(-rows // shape.rows),)](
+                codes,
+                packed,
+                rows,
+                length,
+                packed.shape[1],
+                BITS=bits,
+                ROWS=shape.rows,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                enable_fp_fusion=False,
+            )
+    return packed
+
+
+@jit
+def unpack_kernel(
+    packed_ptr: Pointer,
+    codes_ptr: Pointer,
+    rows: Pointer,
+    length: Pointer,
+    row_bytes: Pointer,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Code i is ``BITS`` bits of the row's stream from bit ``i BITS`` on."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    for first in range(0, length, BLOCK):
+        o_column = first + tl.arange(0, BLOCK)
+        mask = m_row[:, None] & (o_column < length)[None, :]
+        b_code = load_codes(packed_ptr, o_row * row_bytes, o_column, row_bytes, mask, BITS)
+        tl.store(codes_ptr + o_row[:, None] * length + o_column[None, :], b_code.to(tl.uint8), mask=mask)
+
+
+def unpack_triton(packed: Tensor, bits: int, length: int) -> Tensor:
+    """Launch the kernel; see ``unpack_reference``."""
+    check_packed(packed, bits, length)
+    packed = packed.contiguous()
+    codes = torch.empty((packed.shape[0], length), dtype=torch.uint8, device=packed.device)
+    if codes.numel():
+        shape = launch_shape(packed.shape[0], length)
+        with on_device(packed):
+            unpack_kernel[(-(-packed.shape[0] // shape.rows),)](
+                packed,
+                codes,
+                packed.shape[0],
+                length,
+                packed.shape[1],
+                BITS=bits,
+                ROWS=shape.rows,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                enable_fp_fusion=False,
+            )
+    return codes
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes on whatever device they are; see ``pack_reference``."""
-    return pack_reference(codes, bits)
+    """Pack codes; see ``pack_reference``."""
+    return pack_triton(codes, bits) if use_triton(codes) else pack_reference(codes, bits)
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """Unpack codes on whatever device they are; see ``unpack_reference``."""
-    return unpack_reference(packed, bits, length)
+    """Unpack codes; see ``unpack_reference``."""
+    return unpack_triton(packed, bits, length) if use_triton(packed) else unpack_reference(packed, bits, length)

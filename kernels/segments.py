@@ -49,16 +49,20 @@ class SegmentSums:
         counts = torch.empty((4, rows, groups), dtype=torch.int64, device=device)
         return cls(*floats.unbind(0), *counts.unbind(0))
 
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of their declaration, which is the kernels'."""
+        return self.absmax, self.bound, self.squares, self.dots, self.norms, self.zeros
+
     def put(self, rows: slice, groups: slice, segments: tuple[Tensor, ...]) -> None:
         """Store flat per-segment results, in the order of the fields, at ``[rows, groups]``."""
-        mine = (self.absmax, self.bound, self.squares, self.dots, self.norms, self.zeros)
-        for target, values in zip(mine, segments, strict=True):
+        for target, values in zip(self.fields, segments, strict=True):
             block = target[rows, groups]
             block.copy_(values.view(block.shape))
 
     def cpu(self) -> SegmentSums:
         """Return the same on the CPU."""
-        return SegmentSums(*(getattr(self, name).cpu() for name in self.__dataclass_fields__))
+        return SegmentSums(*(tensor.cpu() for tensor in self.fields))
 
 
 def check_weight(weight: Tensor, group_size: int) -> None:

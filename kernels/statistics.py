@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._triton import Pointer, jit, tl
+from .device import exact_sum, exponent_of, locate, segment_extremes, two_to_the
+from .launch import launch_shape, on_device, use_triton
 from .segments import check_weight, row_chunks, row_parts
 from .sums import exact_total, exponents, fineness, power_of_two
 
@@ -46,10 +49,14 @@ class _Totals:
         totals = torch.zeros((2, rows, groups), dtype=torch.int64, device=device)
         return cls(*floats.unbind(0), *totals.unbind(0))
 
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of their declaration, which is the kernel's."""
+        return self.absmax, self.minimum, self.maximum, self.abs_total, self.square_total
+
     def put(self, rows: slice, groups: slice, segments: tuple[Tensor, ...]) -> None:
         """Store flat per-segment results, in the order of the fields, at ``[rows, groups]``."""
-        mine = (self.absmax, self.minimum, self.maximum, self.abs_total, self.square_total)
-        for target, values in zip(mine, segments, strict=True):
+        for target, values in zip(self.fields, segments, strict=True):
             block = target[rows, groups]
             block.copy_(values.view(block.shape))
 
@@ -67,6 +74,75 @@ def _segment_totals(segments: Tensor, bits: int) -> tuple[Tensor, ...]:
     squares = exact_total(scaled.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
     absolute = exact_total(scaled.abs_().mul_(power_of_two(bits - exponent)[:, None]))
     return absmax, minimum, maximum, absolute, squares
+
+
+@jit
+def statistics_kernel(
+    weight_ptr: Pointer,
+    absmax_ptr: Pointer,
+    minimum_ptr: Pointer,
+    maximum_ptr: Pointer,
+    abs_ptr: Pointer,
+    square_ptr: Pointer,
+    rows: Pointer,
+    length: Pointer,
+    group_size: Pointer,
+    groups: Pointer,
+    FINENESS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Extremes of [ROWS] segments, then sum rint(|w| 2^(F-e)) and sum rint(w² 2^(F-2e)) with max|w| < 2^e."""
+    o_row, m_row, i_group, start, count = locate(rows, length, group_size, groups, ROWS)
+    segment_ptr = weight_ptr + o_row[:, None] * length + start
+
+    b_absmax, b_minimum, b_maximum = segment_extremes(segment_ptr, m_row, count, group_size, ROWS, BLOCK)
+    b_e = exponent_of(b_absmax)
+    b_abs_unit = two_to_the(FINENESS - b_e)[:, None]
+    b_square_unit = two_to_the(FINENESS - 2 * b_e)[:, None]
+
+    b_abs = tl.zeros((ROWS,), dtype=tl.int64)
+    b_square = tl.zeros((ROWS,), dtype=tl.int64)
+    for first in range(0, group_size, BLOCK):
+        o_column = first + tl.arange(0, BLOCK)
+        mask = m_row[:, None] & (o_column < count)[None, :]
+        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+        b_abs += exact_sum(tl.abs(b_w) * b_abs_unit)
+        b_square += exact_sum(b_w * b_w * b_square_unit)
+
+    o_segment = o_row * groups + i_group
+    tl.store(absmax_ptr + o_segment, b_absmax, mask=m_row)
+    tl.store(minimum_ptr + o_segment, b_minimum, mask=m_row)
+    tl.store(maximum_ptr + o_segment, b_maximum, mask=m_row)
+    tl.store(abs_ptr + o_segment, b_abs, mask=m_row)
+    tl.store(square_ptr + o_segment, b_square, mask=m_row)
+
+
+def row_statistics_triton(weight: Tensor, group_size: int) -> RowStatistics:
+    """Launch the kernel; see ``row_statistics_reference``."""
+    check_weight(weight, group_size)
+    weight = weight.contiguous()
+    rows, length = weight.shape
+    group_size, groups = min(group_size, length), _group_count(length, group_size)
+    totals, bits = _Totals.filled(rows, groups, weight.device), fineness(group_size)
+    if weight.numel() == 0:
+        return _finish(totals, bits)
+    shape = launch_shape(rows, group_size)
+    with on_device(weight):
+        statistics_kernel[(-(-rows // shape.rows) * groups,)](
+            weight,
+            *totals.fields,
+            rows,
+            length,
+            group_size,
+            groups,
+            FINENESS=bits,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
+    return _finish(totals, bits)
 
 
 def _finish(totals: _Totals, bits: int) -> RowStatistics:
@@ -105,4 +181,5 @@ def row_statistics_reference(weight: Tensor, group_size: int) -> RowStatistics:
 
 def row_statistics(weight: Tensor, group_size: int) -> RowStatistics:
     """Return the statistics of every segment; see ``row_statistics_reference``."""
-    return row_statistics_reference(weight, group_size)
+    run = row_statistics_triton if use_triton(weight) else row_statistics_reference
+    return run(weight, group_size)

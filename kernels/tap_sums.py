@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._triton import Pointer, jit, tl
+from .launch import launch_shape, on_device, use_triton
 from .segments import check_weight, row_chunks
 
 
@@ -42,6 +44,57 @@ def tap_sums_reference(weight: Tensor, taps: int) -> TapSums:
     return TapSums(sums, squares)
 
 
+@jit
+def tap_sums_kernel(
+    weight_ptr: Pointer,
+    sum_ptr: Pointer,
+    square_ptr: Pointer,
+    rows: Pointer,
+    channels: Pointer,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Sum_t w[r, i, t] and sum_t w[r, i, t]², t in order; a square of float32 is exact in float64."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    for first in range(0, channels, BLOCK):
+        o_channel = first + tl.arange(0, BLOCK)
+        mask = (o_row < rows)[:, None] & (o_channel < channels)[None, :]
+        o_here = o_row[:, None] * channels + o_channel[None, :]
+        b_sum = tl.zeros((ROWS, BLOCK), dtype=tl.float64)
+        b_square = tl.zeros((ROWS, BLOCK), dtype=tl.float64)
+        for t in range(TAPS):
+            b_w = tl.load(weight_ptr + o_here * TAPS + t, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+            b_sum += b_w
+            b_square += b_w * b_w
+        tl.store(sum_ptr + o_here, b_sum, mask=mask)
+        tl.store(square_ptr + o_here, b_square, mask=mask)
+
+
+def tap_sums_triton(weight: Tensor, taps: int) -> TapSums:
+    """Launch the kernel; see ``tap_sums_reference``."""
+    _check_taps(weight, taps)
+    weight = weight.contiguous()
+    rows, channels = weight.shape[0], weight.shape[1] // taps
+    sums, squares = torch.empty((2, rows, channels), dtype=torch.float64, device=weight.device).unbind()
+    if weight.numel():
+        shape = launch_shape(rows, channels)
+        with on_device(weight):
+            tap_sums_kernel[(-(-rows // shape.rows),)](
+                weight,
+                sums,
+                squares,
+                rows,
+                channels,
+                TAPS=taps,
+                ROWS=shape.rows,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                enable_fp_fusion=False,
+            )
+    return TapSums(sums, squares)
+
+
 def tap_sums(weight: Tensor, taps: int) -> TapSums:
     """Sum over taps; see ``tap_sums_reference``."""
-    return tap_sums_reference(weight, taps)
+    return tap_sums_triton(weight, taps) if use_triton(weight) else tap_sums_reference(weight, taps)

@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ._triton import Pointer, jit, tl
+from .device import exact_sum, exponent_of, locate, round_half_even, segment_extremes, store_codes, two_to_the
 from .formats import CodeFormat, Grid, Quantized
+from .launch import launch_shape, on_device, use_triton
 from .packing import pack_reference
+from .scales import Scales, scales_kernel, scales_of
 from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts
-from .statistics import row_statistics_reference
+from .statistics import RowStatistics, row_statistics_reference, row_statistics_triton
 from .sums import exact_total, exponents, fineness, power_of_two
 
-SMALLEST = 2.0**-149
-"""The least positive float32: a scale that would underflow becomes this one."""
 
-
-@dataclass(frozen=True)
-class _Scales:
-    """Of each segment: stored factors, the float64 multiplier and offset of ``u = rint(w * inverse + offset)``."""
-
-    scale: Tensor
-    zero_point: Tensor
-    inverse: Tensor
-    offset: Tensor
-    spread: Tensor
-    """float32: how far a quantized value may lie from its weight (asymmetric); 0 for a constant segment."""
-
-
-def _symmetric_scales(absmax: Tensor, format: CodeFormat) -> _Scales:
-    """DoReFa: s = max|w|, u = rint(w * L/(2s) + L/2). Symmetric: scale = max|w|/Q, u = rint(w/scale) + Q + 1."""
-    wide, none = absmax.double(), torch.zeros_like(absmax)
-    if format.grid is Grid.DOREFA:
-        levels = 2**format.bits - 1
-        inverse = torch.where(wide > 0, levels / (2.0 * wide), 0.0)
-        return _Scales(absmax, none, inverse, torch.full_like(wide, levels / 2), none)
-    scale = (wide / (2 ** (format.bits - 1) - 1)).float()
-    inverse = torch.where(scale > 0, 1.0 / scale.double(), 0.0)
-    return _Scales(scale, none, inverse, torch.zeros_like(wide), none)
-
-
-def _asymmetric_scales(minimum: Tensor, maximum: Tensor, format: CodeFormat) -> _Scales:
-    """Scale = (max - min)/L, zero point = -min/scale; a constant segment is exact: scale 1, zero point -value."""
-    low, high = minimum.double(), maximum.double()
-    constant = minimum == maximum
-    scale = ((high - low) / (2**format.bits - 1)).float().clamp(min=SMALLEST).masked_fill_(constant, 1.0)
-    zero_point = ((0.0 - low) / scale.double()).float()
-    inverse = (1.0 / scale.double()).masked_fill_(constant, 0.0)
-    offset = zero_point.double().masked_fill(constant, 0.0)
-    return _Scales(scale, zero_point, inverse, offset, scale.masked_fill(constant, 0.0))
-
-
-def _scales(absmax: Tensor, minimum: Tensor, maximum: Tensor, format: CodeFormat) -> _Scales:
-    if format.grid is Grid.ASYMMETRIC:
-        return _asymmetric_scales(minimum, maximum, format)
-    return _symmetric_scales(absmax, format)
-
-
-def _layer_scales(weight: Tensor, format: CodeFormat) -> _Scales:
-    """Return the scales [1] of a whole tensor."""
-    found = row_statistics_reference(weight, weight.shape[1])
-    require_finite(found.absmax)
-    return _scales(found.absmax.amax()[None], found.minimum.amin()[None], found.maximum.amax()[None], format)
+def _layer_extremes(statistics: RowStatistics) -> Tensor:
+    """Return float32 [3, 1]: largest magnitude, minimum and maximum of a whole tensor."""
+    require_finite(statistics.absmax)
+    return torch.stack([statistics.absmax.amax(), statistics.minimum.amin(), statistics.maximum.amax()])[:, None]
 
 
 def _segment_codes(
-    segments: Tensor, format: CodeFormat, shared: _Scales | None
-) -> tuple[Tensor, _Scales, tuple[Tensor, ...]]:
+    segments: Tensor, format: CodeFormat, shared: Scales | None
+) -> tuple[Tensor, Scales, tuple[Tensor, ...]]:
     """Return uint8 codes of float32 [segments, length], their scales and the fields of ``SegmentSums``."""
     minimum, maximum = segments.amin(1), segments.amax(1)
     absmax = torch.maximum(-minimum, maximum).abs()
-    scales = _scales(absmax, minimum, maximum, format) if shared is None else shared
+    scales = scales_of(torch.stack([absmax, minimum, maximum]), format) if shared is None else shared
     bits, exponent = fineness(format.group_size), exponents(absmax)
     wide = segments.double()
     squares = exact_total(wide.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
@@ -111,11 +68,12 @@ def _zeros(level: Tensor, scale: Tensor, format: CodeFormat) -> Tensor:
     if bool((scale > 2.0**-140).all()):
         return torch.zeros_like(count)
     underflow = (level * scale.double()[:, None]).abs() <= (2**format.bits - 1) * 2.0**-150
-    return underflow.sum(1)
+    found: Tensor = underflow.sum(1)
+    return found
 
 
 def _asymmetric_sums(
-    wide: Tensor, level: Tensor, scales: _Scales, bits: int, exponent: Tensor, reach: Tensor
+    wide: Tensor, level: Tensor, scales: Scales, bits: int, exponent: Tensor, reach: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Totals over the float32 values (u - zero_point) * scale."""
     value = level.float().sub_(scales.zero_point[:, None]).mul_(scales.scale[:, None])
@@ -124,6 +82,155 @@ def _asymmetric_sums(
     dots = exact_total((exact * wide).mul_(power_of_two(bits - exponent - reach)[:, None]))
     norms = exact_total(exact.square_().mul_(power_of_two(bits - 2 * reach)[:, None]))
     return dots, norms, zeros
+
+
+@jit
+def uniform_kernel(
+    weight_ptr: Pointer,
+    extremes_ptr: Pointer,
+    packed_ptr: Pointer,
+    scale_ptr: Pointer,
+    zero_point_ptr: Pointer,
+    absmax_ptr: Pointer,
+    bound_ptr: Pointer,
+    square_ptr: Pointer,
+    dot_ptr: Pointer,
+    norm_ptr: Pointer,
+    zero_ptr: Pointer,
+    rows: Pointer,
+    length: Pointer,
+    group_size: Pointer,
+    groups: Pointer,
+    row_bytes: Pointer,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    FINENESS: tl.constexpr,
+    LAYER_WISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Codes u = clip(rint(w * inverse + offset)) in float64, half to even; totals of w², code times w and code²."""
+    o_row, m_row, i_group, start, count = locate(rows, length, group_size, groups, ROWS)
+    segment_ptr = weight_ptr + o_row[:, None] * length + start
+    o_segment = o_row * groups + i_group
+
+    b_absmax, b_minimum, b_maximum = segment_extremes(segment_ptr, m_row, count, group_size, ROWS, BLOCK)
+    b_e = exponent_of(b_absmax)
+    b_largest = b_absmax
+    if LAYER_WISE:
+        o_same = tl.zeros((ROWS,), dtype=tl.int32)
+        b_largest = tl.load(extremes_ptr + o_same)
+        b_minimum = tl.load(extremes_ptr + 1 + o_same)
+        b_maximum = tl.load(extremes_ptr + 2 + o_same)
+    b_scale, b_zero_point, b_inverse, b_offset, b_spread = scales_kernel(b_largest, b_minimum, b_maximum, GRID, BITS)
+    if not LAYER_WISE:
+        tl.store(scale_ptr + o_segment, b_scale, mask=m_row)
+        tl.store(zero_point_ptr + o_segment, b_zero_point, mask=m_row)
+    b_bound = b_absmax + b_spread
+
+    b_square = tl.zeros((ROWS,), dtype=tl.int64)
+    b_dot = tl.zeros((ROWS,), dtype=tl.int64)
+    b_norm = tl.zeros((ROWS,), dtype=tl.int64)
+    b_zero = tl.zeros((ROWS,), dtype=tl.int64)
+    o_start = o_row * row_bytes + start * BITS // 8
+    for first in range(0, group_size, BLOCK):
+        o_column = first + tl.arange(0, BLOCK)
+        mask = m_row[:, None] & (o_column < count)[None, :]
+        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+        b_level = round_half_even(b_w * b_inverse[:, None] + b_offset[:, None])
+        b_code, b_term, b_power, b_none = levels_kernel(
+            b_w, b_level, b_scale[:, None], b_zero_point[:, None], b_e[:, None], b_bound[:, None], GRID, BITS, FINENESS
+        )
+        b_square += exact_sum(b_w * b_w * two_to_the(FINENESS - 2 * b_e)[:, None])
+        b_dot += exact_sum(b_term)
+        b_norm += tl.sum(tl.where(mask, b_power, 0), axis=1)
+        b_zero += tl.sum((mask & b_none).to(tl.int64), axis=1)
+        b_code = tl.where(mask, b_code, 0)
+        store_codes(packed_ptr, b_code, o_start, first, count, m_row, BITS, ROWS, BLOCK)
+
+    tl.store(absmax_ptr + o_segment, b_absmax, mask=m_row)
+    tl.store(bound_ptr + o_segment, b_bound, mask=m_row)
+    tl.store(square_ptr + o_segment, b_square, mask=m_row)
+    tl.store(dot_ptr + o_segment, b_dot, mask=m_row)
+    tl.store(norm_ptr + o_segment, b_norm, mask=m_row)
+    tl.store(zero_ptr + o_segment, b_zero, mask=m_row)
+
+
+@jit
+def levels_kernel(
+    b_w: Pointer,
+    b_level: Pointer,
+    b_scale: Pointer,
+    b_zero_point: Pointer,
+    b_e: Pointer,
+    b_bound: Pointer,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    FINENESS: tl.constexpr,
+) -> Pointer:
+    """Return int64 codes, float64 terms of the dot product, int64 squares and where a value is zero, [ROWS, BLOCK]."""
+    if GRID == "dorefa":
+        b_level = tl.minimum(tl.maximum(b_level, 0.0), 2**BITS - 1.0)
+        b_code = b_level.to(tl.int64)
+        b_v = 2.0 * b_level - (2**BITS - 1.0)
+        b_none = tl.abs(b_v) * b_scale.to(tl.float64) <= (2**BITS - 1) * 7.006492321624085e-46  # 2^-150: underflow
+        b_term = b_v * b_w * two_to_the(FINENESS - BITS - b_e)
+        b_power = (b_v * b_v).to(tl.int64)
+    elif GRID == "symmetric":
+        b_level = tl.minimum(tl.maximum(b_level, 1.0 - 2 ** (BITS - 1)), 2 ** (BITS - 1) - 1.0)
+        b_code = b_level.to(tl.int64) + 2 ** (BITS - 1)
+        b_none = (b_level == 0) | (b_scale == 0)
+        b_term = b_level * b_w * two_to_the(FINENESS - (BITS - 1) - b_e)
+        b_power = (b_level * b_level).to(tl.int64)
+    else:
+        b_level = tl.minimum(tl.maximum(b_level, 0.0), 2**BITS - 1.0)
+        b_code = b_level.to(tl.int64)
+        b_value = (b_level.to(tl.float32) - b_zero_point) * b_scale
+        b_none = b_value == 0
+        b_exact = b_value.to(tl.float64)
+        b_reach = exponent_of(b_bound)
+        b_term = b_exact * b_w * two_to_the(FINENESS - b_e - b_reach)
+        b_power = round_half_even(b_exact * b_exact * two_to_the(FINENESS - 2 * b_reach)).to(tl.int64)
+    return b_code, b_term, b_power, b_none
+
+
+def uniform_triton(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
+    """Launch the kernel; see ``uniform_reference``."""
+    format = _uniform_format(weight, bits, grid, group_size, layer_wise)
+    if weight.numel() == 0:
+        return nothing(format, weight)
+    weight = weight.contiguous()
+    (rows, length), extremes = weight.shape, weight
+    factors = torch.empty((2, rows, format.groups), device=weight.device)
+    if layer_wise:
+        extremes = _layer_extremes(row_statistics_triton(weight, length))
+        shared = scales_of(extremes, format)
+        factors = torch.stack([shared.scale, shared.zero_point])[:, None]
+    packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
+    sums = SegmentSums.empty(rows, format.groups, weight.device)
+    shape = launch_shape(rows, format.group_size)
+    with on_device(weight):
+        uniform_kernel[(-(-rows // shape.rows) * format.groups,)](
+            weight,
+            extremes,
+            packed,
+            *factors.unbind(),
+            *sums.fields,
+            rows,
+            length,
+            format.group_size,
+            format.groups,
+            format.row_bytes,
+            GRID=grid.value,
+            BITS=bits,
+            FINENESS=fineness(format.group_size),
+            LAYER_WISE=layer_wise,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
+    return _finish(format, packed, factors[0], factors[1], sums)
 
 
 def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor, sums: SegmentSums) -> Quantized:
@@ -156,8 +263,11 @@ def uniform_reference(weight: Tensor, bits: int, grid: Grid, *, group_size: int,
     format = _uniform_format(weight, bits, grid, group_size, layer_wise)
     if weight.numel() == 0:
         return nothing(format, weight)
-    shared = _layer_scales(weight, format) if layer_wise else None
     rows, length = weight.shape
+    shared = None
+    if layer_wise:
+        extremes = _layer_extremes(row_statistics_reference(weight, length))
+        shared = scales_of(extremes, format)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
     factors = torch.empty((2, rows, format.groups), device=weight.device)
     sums = SegmentSums.empty(rows, format.groups, weight.device)
@@ -185,4 +295,5 @@ def _uniform_format(weight: Tensor, bits: int, grid: Grid, group_size: int, laye
 
 def uniform(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
     """Quantize to a uniform grid; see ``uniform_reference``."""
-    return uniform_reference(weight, bits, grid, group_size=group_size, layer_wise=layer_wise)
+    run = uniform_triton if use_triton(weight) else uniform_reference
+    return run(weight, bits, grid, group_size=group_size, layer_wise=layer_wise)
