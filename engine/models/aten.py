@@ -67,7 +67,8 @@ def translate(node: fx.Node, tracker: Tracker) -> list[Node]:
     """Return the node for one call (none for an assertion or a size), and note in ``tracker`` where values lie now."""
     if node.target is operator.getitem:
         return _getitem(node, tracker)
-    if not _yields_tensor(node):
+    # What comes from parameters and constants alone is no activation.
+    if not _yields_tensor(node) or not any(source.name in tracker.current for source in node.all_input_nodes):
         return []
     call = Call(node, named_arguments(node), tracker)
     handler = HANDLERS.get(operator_name(node))

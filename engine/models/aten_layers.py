@@ -61,10 +61,7 @@ def matmul(call: Call) -> Node:
     if not transposed or not plain:
         return call.make(Op.OTHER)
     bias = args["self"] if "mat1" in args else None
-    node = _layer(replace(call, args={"weight": matrix.args[0], "bias": bias}), Op.LINEAR)
-    if node.layer is None:
-        return node
-    return replace(node, inputs=tuple(name for name in node.inputs if name != matrix.name))
+    return _layer(replace(call, args={"weight": matrix.args[0], "bias": bias}), Op.LINEAR)
 
 
 def batch_norm(call: Call) -> Node:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from ..errors import MismatchError, NonFiniteError, UnsupportedModelError
 from ..job.expand import ModelSource
-from .capture import capture, capture_program
+from .capture import canonical_names, capture, capture_program
 from .checkpoint import checkpoint_files, read_checkpoint
 from .factory import AllowList
 from .graph import Graph, Op
@@ -32,7 +32,7 @@ class LoadedModel:
     module: nn.Module
     graph: Graph
     state: dict[str, Tensor]
-    """The checkpoint's tensors in their stored dtypes under the network's names."""
+    """The checkpoint's tensors in their stored dtypes under the network's names; of tied ones only the first name."""
     input_shape: tuple[int, ...]
     """Of one example, batch first."""
     checkpoint_bytes: int
@@ -88,14 +88,15 @@ def rebuild_module(
         module = _program_module(load_program(program))
     else:
         module = allow.build(_Code(factory, args, kwargs or {}))
-    _put(module, dict(state), str(program or factory))
+    _put(module, state, str(program or factory))
     return module
 
 
 def _load_program(source: ModelSource, file: Path, size: int) -> LoadedModel:
     program = load_program(file)
     _check_single_precision(program, file)
-    state = {name: tensor.detach() for name, tensor in program.state_dict.items()}
+    first = canonical_names(program.state_dict)
+    state = {name: tensor.detach() for name, tensor in program.state_dict.items() if first[name] == name}
     _check_finite(state, str(file))
     graph = capture_program(program)
     shape = next(node.shape for node in graph.nodes if node.op is Op.INPUT)
@@ -125,17 +126,34 @@ def _frozen(module: nn.Module) -> nn.Module:
     return module
 
 
-def _put(module: nn.Module, state: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Put ``state`` into ``module`` (eval, float32, no gradients) and return it in the module's order."""
+def _put(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Put ``state`` into ``module`` (eval, float32, no gradients); return it in the module's order, tied ones once."""
     own = module.state_dict()
+    first = canonical_names(own)
+    state = _with_tied(state, first)
     _check_names(own, state, origin)
     _check_finite(state, origin)
-    module.float()
-    module.load_state_dict(state, strict=False)
-    if not isinstance(module, torch.fx.GraphModule):
+    if isinstance(module, torch.fx.GraphModule):
+        # Placeholder weights are one number expanded, so they are replaced, not written to.
+        module.load_state_dict(state, strict=False, assign=True)
+    else:
+        module.float()
+        module.load_state_dict(state, strict=False)
         module.eval()
     _frozen(module)
-    return {name: state[name] for name in own if name in state}
+    return {name: state[name] for name in own if name in state and first[name] == name}
+
+
+def _with_tied(state: Mapping[str, Tensor], first: Mapping[str, str]) -> dict[str, Tensor]:
+    """Give every name of a tied tensor the tensor of its first name (or of whichever is there)."""
+    filled = dict(state)
+    for name, canonical in first.items():
+        if canonical != name and canonical not in filled and name in filled:
+            filled[canonical] = filled[name]
+    for name, canonical in first.items():
+        if canonical != name and canonical in filled:
+            filled[name] = filled[canonical]
+    return filled
 
 
 def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
+
+from ..errors import CheckpointError
+from .program_check import READER_ERRORS, check_archive, damaged
 
 
 def load_program(path: Path) -> ExportedProgram:
-    """Load."""
-    return torch.export.load(path)
+    """Return the program of a .pt2 file on the CPU.
+
+    Raises CheckpointError where it is damaged, UnsafeCheckpointError where loading it would run code.
+    """
+    check_archive(path)
+    try:
+        # torch.export.load falls back to an older format, pickles included, when this fails.
+        program = load_pt2(str(path)).exported_programs["model"]
+    except READER_ERRORS as error:
+        raise CheckpointError(damaged(path, error)) from error
+    # Source code that .module() would evaluate; the shapes of the placeholders are checked without it.
+    program._guards_code = []
+    for node in program.graph.nodes:
+        # Holds paths of the machine that exported it, which an artifact should not repeat.
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def save_placeholder_program(program: ExportedProgram, path: Path) -> None:
-    """Write."""
-    raise NotImplementedError
+    """Write ``program`` with placeholder weights: every tensor of its state dict becomes one zero, expanded.
+
+    The same program gives the same bytes (for one version of torch). Example inputs are left out. ``rebuild_module``
+    loads it and puts real tensors in. Raises OSError where the file cannot be written.
+    """
+    light = copy.copy(program)
+    light._state_dict = _placeholders(program.state_dict)
+    light._example_inputs = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found")
+        torch.export.save(light, path)
+
+
+def _placeholders(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    made: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for name, tensor in state.items():
+        # Tied tensors stay tied, so that one name of the two is enough to fill both.
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        found[name] = made.setdefault(key, _placeholder(tensor))
+    return found
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(zeros, requires_grad=False) if isinstance(tensor, nn.Parameter) else zeros
