@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,17 +125,22 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_of_racing_processes_one_wins(store: Path, make: Callable[..., Any]) -> None:
+def test_of_racing_processes_one_wins(store: Path, make: Callable[..., Any], tmp_path: Path) -> None:
     racers = [start(RACER) for _ in range(2)]
+    written = tmp_path / "written"
+    make().write(written)
     try:
         assert [answer(racer) for racer in racers] == ["ready", "ready"]
-        for turn in range(30):
+        for turn in range(24):
             target = target_in(store).with_name(f"{turn:012}")
             if turn % 3 == 0:  # both find a broken target
                 target.mkdir(parents=True)
                 (target / TENSORS).write_bytes(b"torn")
-            for racer in racers:
-                ask(racer, f"{filled(store, make)}\t{target}")
+            attempts = [new_attempt(store, KEY) for _ in racers]
+            for attempt in attempts:
+                shutil.copytree(written, attempt, dirs_exist_ok=True)
+            for racer, attempt in zip(racers, attempts, strict=True):
+                ask(racer, f"{attempt}\t{target}")
             assert sorted(answer(racer) for racer in racers) == ["False", "True"]
             assert is_complete(target)
         assert [name for name in leftovers(store) if "-broken-" not in name] == []
@@ -147,9 +153,10 @@ def test_of_racing_processes_one_wins(store: Path, make: Callable[..., Any]) -> 
 HOLDER = """
 import sys
 from pathlib import Path
-from dfmpc.artifact.commit import new_attempt
+from dfmpc.artifact.attempts import new_attempt
 attempt = new_attempt(Path(sys.argv[1]), sys.argv[2])
 (attempt / "model.safetensors").write_bytes(b"half")
+assert "torch" not in sys.modules
 print(attempt, flush=True)
 sys.stdin.read()
 """
