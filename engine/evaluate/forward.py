@@ -40,14 +40,11 @@ def logits(
 
 
 def static_batch(module: nn.Module) -> int | None:
-    """Return the batch that an exported program was fixed to, or None where any will do."""
-    if not isinstance(module, fx.GraphModule):
-        return None
-    for node in module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.ndim and isinstance(value.shape[0], int):
-            return int(value.shape[0])
-    return None
+    """Return the batch that an exported program (or one inside ``module``) was fixed to, None where any will do."""
+    graphs = (part.graph for part in module.modules() if isinstance(part, fx.GraphModule))
+    inputs = (node.meta.get("val") for graph in graphs for node in graph.find_nodes(op="placeholder"))
+    batches = (value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim)
+    return next((int(batch) for batch in batches if isinstance(batch, int)), None)
 
 
 def _portions(batch: Tensor, size: int | None) -> Iterator[tuple[Tensor, int]]:

@@ -24,7 +24,7 @@ from .files import write_atomically
 from .forward import logits
 from .images import ImageSet, batches, read_images, stat_data
 from .noise import noise_images
-from .settings import BATCH_SIZE, EvaluationSettings
+from .settings import EvaluationSettings
 
 FORMAT_VERSION = 1
 """Of the cached files: bumped when a figure would come out differently; part of every evaluation's key."""
@@ -121,12 +121,12 @@ def _original_logits(
 
 def _batches(settings: EvaluationSettings, images: ImageSet | None) -> Iterator[Tensor]:
     if images is not None:
-        for batch in batches(images, settings.preprocess, BATCH_SIZE, settings.shape):
+        for batch in batches(images, settings.preprocess, settings.batch_size, settings.shape):
             yield batch.images
         return
     noise = _noise(settings)
-    for start in range(0, len(noise), BATCH_SIZE):
-        yield noise[start : start + BATCH_SIZE]
+    for start in range(0, len(noise), settings.batch_size):
+        yield noise[start : start + settings.batch_size]
 
 
 def _noise(settings: EvaluationSettings) -> Tensor:

@@ -10,12 +10,15 @@ from typing import Any
 from ..job.expand import ModelSource
 from ..job.schema import Evaluate, Preprocess
 
-BATCH_SIZE = 64
-"""Images a forward pass; fixed, because the last bits of logits depend on it."""
 NOISE_IMAGES = 64
 LARGE_NOISE_IMAGES = 32
 LARGE_INPUT = 128
-"""Inputs of at least this many pixels a side are measured on LARGE_NOISE_IMAGES, smaller ones on NOISE_IMAGES."""
+"""Pixels a side from which an input is large: fewer noise images, and smaller batches to bound the memory."""
+
+
+def is_large(shape: Sequence[int]) -> bool:
+    """Tell whether an input of ``shape`` (C, H, W) has LARGE_INPUT or more pixels a side."""
+    return len(shape) > 1 and max(shape[1:]) >= LARGE_INPUT
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class EvaluationSettings:
     """Whether top-5 is reported; it is measured and cached all the same."""
     seed: int = 0
     noise_count: int = NOISE_IMAGES
+
+    @property
+    def batch_size(self) -> int:
+        """Return the images a forward pass; it depends on nothing else, since the last bits of logits depend on it."""
+        return 16 if is_large(self.shape) else 64
 
     @property
     def measured_on(self) -> str:
@@ -64,8 +72,7 @@ def settings_for(
     preprocess = source.preprocess or evaluate or Preprocess.model_validate({})
     # An Evaluate is a Preprocess too, and its other fields are no preprocessing.
     preprocess = Preprocess.model_validate({name: getattr(preprocess, name) for name in Preprocess.model_fields})
-    large = len(shape) > 1 and max(shape[1:]) >= LARGE_INPUT
-    count = LARGE_NOISE_IMAGES if large else NOISE_IMAGES
+    count = LARGE_NOISE_IMAGES if is_large(shape) else NOISE_IMAGES
     if evaluate is None:
         return EvaluationSettings(shape, preprocess, seed=seed, noise_count=count)
     data = Path(folder or "", evaluate.data)

@@ -34,7 +34,7 @@ def test_batches_are_joined_in_order_without_gradients(network, images):
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_a_program_with_a_static_batch_gets_exactly_that_batch(network, images, batch):
     program = exported(network, batch)
-    assert static_batch(program) == batch
+    assert static_batch(program) == static_batch(nn.Sequential(program, nn.Identity())) == batch
     torch.testing.assert_close(logits(program, [images]), network(images).detach(), atol=1e-6, rtol=1e-6)
 
 

@@ -177,6 +177,7 @@ def test_settings_from_a_job(tmp_path):
 def test_noise_images_by_input_size(shape, count):
     chosen = settings_for(None, ModelSource(name="net"), shape, 1)
     assert (chosen.data, chosen.noise_count, chosen.seed, chosen.shape) == (None, count, 1, shape[1:])
+    assert chosen.batch_size == (64 if count == 64 else 16)
 
 
 def test_resnet20_on_the_first_500_images(shared, monkeypatch):
