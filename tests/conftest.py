@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,3 +29,63 @@ def shared() -> Path:
     if not (folder / "models" / "cifar_models.py").is_file():
         pytest.skip(f"needs the shared networks and images: {folder} is absent (set DFMPC_SHARED)")
     return folder
+
+
+NETWORKS = ROOT / "tests" / "networks"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with tiny networks and jobs over them; see tests/networks/tiny_networks.py."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def state(self, factory: str = "plain", *args: int, seed: int = 0) -> dict[str, Tensor]:
+        """Return a seeded state dict whose BatchNorm statistics look trained."""
+        spec = importlib.util.spec_from_file_location("tiny_networks", NETWORKS / "tiny_networks.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        torch.manual_seed(seed)
+        state: dict[str, Tensor] = getattr(module, factory)(*args).state_dict()
+        for name, tensor in state.items():
+            if name.endswith("running_mean"):
+                tensor.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+        return state
+
+    def checkpoint(self, name: str, state: dict[str, Tensor]) -> str:
+        """Save ``state`` as ``<name>.safetensors`` and return the file's name."""
+        save_file(state, self.folder / f"{name}.safetensors")
+        return f"{name}.safetensors"
+
+    def model(self, name: str, factory: str = "plain", *args: int | str, checkpoint: str = "") -> dict[str, object]:
+        """Return a model of a job; without ``checkpoint`` one is made that fits the network ``plain``."""
+        file = checkpoint or self.checkpoint(name, self.state())
+        return {
+            "name": name,
+            "factory": f"tiny_networks:{factory}",
+            "args": list(args),
+            "checkpoint": file,
+            "input": [1, 3, 16, 16],
+        }
+
+    def job(self, models: list[dict[str, object]], plans: list[dict[str, object]], **fields: object) -> Path:
+        """Write a job file over ``models`` and ``plans``."""
+        content = {"version": 1, "name": "bench", "output": str(self.store), "models": models, "bit_plans": plans}
+        file = self.folder / "job.yaml"
+        file.write_text(yaml.safe_dump({**content, **fields}))
+        return file
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Return an empty bench whose networks are on the allow-list of this process and its children."""
+    monkeypatch.setenv("DFMPC_ALLOW_CODE", str(NETWORKS))
+    return Bench(tmp_path)
