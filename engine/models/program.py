@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -43,9 +44,12 @@ def save_placeholder_program(program: ExportedProgram, path: Path) -> None:
     light = copy.copy(program)
     light._state_dict = _placeholders(program.state_dict)
     light._example_inputs = None
+    # torch's own writer aborts the process where the disk is full
+    archive = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found")
-        torch.export.save(light, path)
+        torch.export.save(light, archive)
+    path.write_bytes(archive.getvalue())
 
 
 def _placeholders(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,3 +116,20 @@ def make() -> Make:
         return Example(model, Compressed(quantized, corrected, {}), Task(id="net/plan", model=source, plan=plan))
 
     return build
+
+
+@contextmanager
+def limit_files(size: int) -> Iterator[None]:
+    """Let the system refuse (EFBIG) to make a file larger than ``size``; Python ignores the signal that comes along."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def largest_file() -> Callable[[int], AbstractContextManager[None]]:
+    """Return a context manager: within it no file can grow past so many bytes."""
+    return limit_files

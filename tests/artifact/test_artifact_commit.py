@@ -244,3 +244,14 @@ def test_simulated_errors_of_the_system_are_named(
     with pytest.raises(StorageError, match=rf"{KEY[:12]}: cannot be written: .*{errno.errorcode[code]}.*{remedy}"):
         commit(attempt, target_in(store))
     assert not target_in(store).exists()
+
+
+def test_an_artifact_repaired_meanwhile_is_put_back(
+    store: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(filled(store, make), target_in(store))
+    inode, looks = target_in(store).stat().st_ino, iter([False])
+    monkeypatch.setattr("dfmpc.artifact.commit.is_complete", lambda folder: next(looks, None) is None)
+    assert commit(filled(store, make), target_in(store)) is False
+    assert target_in(store).stat().st_ino == inode
+    assert leftovers(store) == []

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from dfmpc.artifact.commit import discard, new_attempt
 from dfmpc.artifact.key import task_key
 from dfmpc.artifact.loader import load, load_state_dict
 from dfmpc.artifact.manifest import MANIFEST, PROGRAM, TENSORS
 from dfmpc.artifact.verify import verify
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
+from dfmpc.errors import StorageError
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
 from dfmpc.models.factory import AllowList
@@ -63,3 +67,25 @@ def test_the_program_has_no_weights_of_its_own(artifacts: tuple[Path, Path]) -> 
     weights = 4 * sum(tensor.numel() for tensor in network().parameters())
     assert (artifacts[0] / PROGRAM).stat().st_size < weights / 4
     assert sorted(path.name for path in artifacts[0].iterdir()) == [MANIFEST, TENSORS, PROGRAM]
+
+
+def test_a_program_that_does_not_fit_on_the_disk_is_a_storage_error(
+    tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    convolution = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    torch.export.save(torch.export.export(convolution, (torch.zeros(1, 1, 4, 4),)), tmp_path / "net.pt2")
+    source = ModelSource(name="net", program=str(tmp_path / "net.pt2"))
+    plan = RtnPlan(name="rtn4", method="rtn", bits=4)
+    model = load_model(source, AllowList(()))
+    attempt = new_attempt(tmp_path, "a" * 64)
+    with largest_file(2000), pytest.raises(StorageError, match=r"EFBIG"):
+        write_artifact(
+            attempt,
+            model=model,
+            compressed=compress_model(model, plan),
+            task=Task(id="net/rtn4", model=source, plan=plan),
+            key=task_key(Task(id="net/rtn4", model=source, plan=plan), ["e" * 64], distribution=None),
+        )
+    assert sorted(path.name for path in attempt.iterdir()) == [TENSORS, PROGRAM]
+    discard(attempt)
+    assert list(attempt.parent.iterdir()) == []

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,6 @@ DTYPES = [
 ]
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse (EFBIG) to make a file larger than ``size``; Python ignores the signal that comes along."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_device_is_named(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
@@ -54,7 +42,9 @@ def test_a_full_device_is_named(tmp_path: Path) -> None:
         full.write_bytes(b"x")
 
 
-def test_a_write_that_the_system_cuts_short_is_a_storage_error(make: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_write_that_the_system_cuts_short_is_a_storage_error(
+    make: Callable[..., Any], tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
     attempt = new_attempt(tmp_path, "a" * 64)
     example = make()
     with largest_file(1500), pytest.raises(StorageError, match=rf"{attempt}: .*EFBIG.*ulimit -f"):
