@@ -102,12 +102,16 @@ def reaches_output(graph: Graph) -> set[str]:
 
 
 def behind_depthwise(graph: Graph, node: Node) -> bool:
-    """Whether the layer that feeds ``node`` (through norms, activations and the like) is depthwise."""
-    before = [graph.by_name[name] for name in node.inputs]
+    """Whether a depthwise layer feeds ``node`` with no other layer between (gates and sums are looked through)."""
+    before, seen = list(node.inputs), set()
     while before:
-        node = before.pop()
-        if node.layer is not None:
-            return node.layer.depthwise
-        passes = keeps_channels(node) or node.op in (*ACTIVATIONS, Op.BATCH_NORM)
-        before = [graph.by_name[name] for name in node.inputs] if passes else []
+        name = before.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        source = graph.by_name[name]
+        if source.layer is None:
+            before.extend(source.inputs)
+        elif source.layer.depthwise:
+            return True
     return False

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dfmpc.errors import FactoryError, UsageError
+from dfmpc.job.expand import ModelSource
+from dfmpc.models.factory import AllowList
+
+CODE = """
+import torch
+from pathlib import Path
+
+Path(__file__).with_suffix(".ran").touch()
+
+
+class Nets:
+    @staticmethod
+    def linear(inputs, outputs=2):
+        return torch.nn.Linear(inputs, outputs)
+
+
+def fails():
+    raise ValueError("no such size")
+
+
+def number():
+    return 3
+
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mynets_test.py").write_text(CODE)
+    yield tmp_path
+    sys.modules.pop("mynets_test", None)
+
+
+def test_prefixes_match_on_dotted_boundaries() -> None:
+    allow = AllowList.default(["mine.nets"])
+    assert allow.allows("torchvision.models:resnet18")
+    assert allow.allows("torchvision.models.resnet:resnet18")
+    assert allow.allows("timm:create_model")
+    assert allow.allows("mine.nets.deep:net")
+    assert not allow.allows("mine:net")
+    assert not allow.allows("mine.netsuite:net")
+    assert not allow.allows("torchvision.models_evil:net")
+    assert not allow.allows("torchvision:models.resnet18")
+    assert not allow.allows("os:system")
+
+
+def test_the_environment_adds_entries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFMPC_ALLOW_CODE", f"one.two, {folder}")
+    allow = AllowList.default()
+    assert allow.allows("one.two:f")
+    assert allow.allows("mynets_test:number")
+    assert not allow.allows("os:system")
+    assert not allow.allows("..mynets_test:number")
+
+
+def test_a_missing_folder_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gone: no such folder; give an existing folder or a module prefix"):
+        AllowList.default([str(tmp_path / "gone")])
+
+
+def test_nothing_runs_before_it_is_allowed(folder: Path, make_source: Callable[..., ModelSource]) -> None:
+    source = make_source(factory="mynets_test:Nets.linear", args=[3])
+    sys.path.insert(0, str(folder))
+    with pytest.raises(FactoryError, match=r"'mynets_test:Nets.linear' is not on the allow-list .*--allow-code"):
+        AllowList.default().build(source)
+    assert not (folder / "mynets_test.ran").exists()
+    module = AllowList.default([str(folder)]).build(source)
+    assert (folder / "mynets_test.ran").exists()
+    assert isinstance(module, torch.nn.Linear)
+
+
+def test_arguments_reach_the_factory(folder: Path, make_source: Callable[..., ModelSource]) -> None:
+    source = make_source(factory="mynets_test:Nets.linear", args=[3], kwargs={"outputs": 7})
+    module = AllowList.default([str(folder)]).build(source)
+    assert isinstance(module, torch.nn.Linear)
+    assert module.weight.shape == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("mynets_test:fails", "failed: ValueError: no such size; check its args and kwargs"),
+        ("mynets_test:number", "gave a int; expected a torch.nn.Module"),
+        ("mynets_test:constant", "is not callable"),
+        ("mynets_test:absent", "cannot be imported: AttributeError"),
+        ("timm.no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_failures_name_the_factory(
+    folder: Path, make_source: Callable[..., ModelSource], factory: str, said: str
+) -> None:
+    with pytest.raises(FactoryError) as caught:
+        AllowList.default([str(folder)]).build(make_source(factory=factory))
+    assert factory in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_distribution_version(folder: Path) -> None:
+    allow = AllowList.default([str(folder)])
+    digest = hashlib.sha256(CODE.encode()).hexdigest()
+    assert allow.distribution_version("mynets_test:number") == f"sha256:{digest}"
+    assert allow.distribution_version("torch.nn:Linear") == f"torch=={torch.__version__}"
+    assert allow.distribution_version("no_such_module_here:f") == "unknown"
+    assert not (folder / "mynets_test.ran").exists()
