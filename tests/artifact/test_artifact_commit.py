@@ -251,7 +251,7 @@ def test_an_artifact_repaired_meanwhile_is_put_back(
 ) -> None:
     commit(filled(store, make), target_in(store))
     inode, looks = target_in(store).stat().st_ino, iter([False])
-    monkeypatch.setattr("dfmpc.artifact.commit.is_complete", lambda folder: next(looks, None) is None)
+    monkeypatch.setattr("dfmpc.artifact.commit.is_complete", lambda _: next(looks, None) is None)
     assert commit(filled(store, make), target_in(store)) is False
     assert target_in(store).stat().st_ino == inode
     assert leftovers(store) == []
