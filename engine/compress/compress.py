@@ -102,11 +102,10 @@ class _LayerWork:
         started = time.perf_counter()
         self.assignment, self.device = assignment, device
         self.weight = model.state[assignment.layer.weight]
-        self.quantized = quantize_layer(self.weight, assignment, device)
-        if not bool(torch.isfinite(self.quantized.original_norm).all()):
-            raise NonFiniteError(
-                f"{model.source.name}: {assignment.layer.weight} holds NaN or Inf; repair or retrain the checkpoint"
-            )
+        try:
+            self.quantized = quantize_layer(self.weight, assignment, device)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{model.source.name}: {assignment.layer.weight}: {error}") from error
         self.seconds = time.perf_counter() - started
 
     def taps(self) -> tuple[Taps, Taps]:
