@@ -1,0 +1,278 @@
+"""Whole runs over tiny networks: a job file in, artifacts and report out, and what bad models do to the others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import dfmpc
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from dfmpc.artifact.verify import find_artifacts, verify
+from dfmpc.job.loader import load_job
+from dfmpc.report.parts import read_layers, read_models
+from dfmpc.report.rows import ModelRow
+from dfmpc.run.scheduler import RunOptions, RunSummary, run_job
+from PIL import Image
+from torch import nn
+
+MP: dict[str, object] = {"name": "mp", "method": "dfmpc", "low": 2, "high": 6}
+R4: dict[str, object] = {"name": "r4", "method": "rtn", "bits": 4}
+R2: dict[str, object] = {"name": "r2", "method": "rtn", "bits": 2}
+
+
+def _run(job: Path, devices: str = "cpu") -> RunSummary:
+    return run_job(load_job(job), RunOptions(progress=False, devices=devices, explain=True))
+
+
+def _digests(store: Path) -> dict[str, str]:
+    files = sorted(file for file in (store / "artifacts").rglob("*") if file.is_file())
+    return {str(file.relative_to(store)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _network(bench: Any, seed: int = 0) -> nn.Module:
+    units = [
+        part
+        for inputs in (3, 8, 8)
+        for part in (nn.Conv2d(inputs, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    network = nn.Sequential(*units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    network.load_state_dict(bench.state(seed=seed))
+    return network
+
+
+def _good_models(bench: Any) -> list[dict[str, object]]:
+    """Return one model of every kind of source."""
+    wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in bench.state(seed=1).items()}}
+    torch.save(wrapped, bench.folder / "wrapped.pth")
+    halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in bench.state().items()}
+    silent = bench.state(seed=2)
+    silent["3.weight"][1] = 0
+    program = torch.export.export(_network(bench, seed=3), (torch.zeros(1, 3, 16, 16),))
+    (bench.folder / "registry").mkdir()
+    torch.export.save(program, bench.folder / "registry" / "exported.pt2")
+    return [
+        bench.model("plain"),
+        bench.model("wrapped", checkpoint="wrapped.pth"),
+        bench.model("half", checkpoint=bench.checkpoint("half", halved)),
+        bench.model("zero-channel", checkpoint=bench.checkpoint("zero-channel", silent)),
+        {"glob": "registry/**/*.pt2"},
+    ]
+
+
+def _images(folder: Path) -> str:
+    """Write eight labelled 16 x 16 photographs of noise."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(8):
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        content = io.BytesIO()
+        Image.frombytes("RGB", (16, 16), bytes(pixels.flatten().tolist())).save(content, "PNG")
+        rows.append({"image": {"bytes": content.getvalue(), "path": f"{index}.png"}, "label": index % 5})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
+    return "images.parquet"
+
+
+def test_a_job_leaves_artifacts_and_rows_a_second_one_reuses_all_and_a_third_only_evaluates(bench: Any) -> None:
+    models = _good_models(bench)
+    first = _run(bench.job(models, [MP, R4]))
+    assert [row.error for row in first.rows if row.error] == []
+    assert first.exit_code == 0
+    assert {row.status for row in first.rows} == {"done"}
+    assert len(first.rows) == 10
+    assert read_models(first.run) == sorted(first.rows, key=lambda row: row.task)
+    artifacts = find_artifacts(bench.store)
+    assert [verify(folder).findings for folder in artifacts] == [[]] * 10
+    _check_figures(bench, first)
+    _check_two_workers_write_the_same_bytes(bench, first)
+
+    written = {file: file.stat().st_mtime_ns for file in bench.store.glob("artifacts/**/*")}
+    second = _run(bench.job(models, [MP, R4]))
+    assert second.run != first.run
+    assert (second.exit_code, {row.status for row in second.rows}) == (0, {"reused"})
+    assert second.explanations == []
+    assert {row.task: row.agreement for row in second.rows} == {row.task: row.agreement for row in first.rows}
+
+    evaluate = {"data": _images(bench.folder)}
+    third = _run(bench.job(models, [MP, R4], evaluate=evaluate, gates={"min_agreement": 1.0}))
+    assert {row.status for row in third.rows} == {"reused"}
+    assert {(row.measured_on, row.images) for row in third.rows} == {("images", 8)}
+    assert all(row.top1_before is not None and row.top1_after is not None for row in third.rows)
+    assert {file: file.stat().st_mtime_ns for file in bench.store.glob("artifacts/**/*")} == written
+    closed = [row for row in third.rows if row.agreement is not None and row.agreement < 1]
+    assert {row.gate for row in closed} <= {"fail"}
+    assert third.exit_code == (3 if closed else 0)
+
+
+def _check_figures(bench: Any, summary: RunSummary) -> None:
+    row = next(row for row in summary.rows if row.task == "plain/mp")
+    folder = bench.store / str(row.artifact)
+    assert row.bytes_before == (bench.folder / "plain.safetensors").stat().st_size
+    assert row.bytes_after == sum(file.stat().st_size for file in folder.iterdir())
+    assert (row.method, row.tier, row.pairs, row.device, row.measured_on) == ("dfmpc", "closed-form", 1, "cpu", "noise")
+    assert row.agreement is not None
+    assert 0 <= row.agreement <= 1
+    layers = {layer.name: layer for layer in read_layers(summary.run) if layer.task == "plain/mp"}
+    assert {name: (layer.role, layer.bits) for name, layer in layers.items()} == {
+        "0": ("unpaired", 6),
+        "3": ("low", 2),
+        "6": ("high", 6),
+        "11": ("unpaired", 6),
+    }
+    assert layers["3"].c_mean is not None
+    loaded = dfmpc.load(folder)
+    state = dfmpc.load_state_dict(folder)
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    direct = _network(bench)
+    direct.load_state_dict(state)
+    assert torch.equal(loaded(image), direct(image))
+
+
+def _check_two_workers_write_the_same_bytes(bench: Any, first: RunSummary) -> None:
+    expected = _digests(bench.store)
+    shutil.move(bench.store, bench.folder / "one-worker")
+    two = run_job(load_job(bench.folder / "job.yaml"), RunOptions(progress=False, devices="cpu,cpu"))
+    assert two.exit_code == 0
+    assert _digests(bench.store) == expected
+    shutil.rmtree(bench.store)
+    shutil.move(bench.folder / "one-worker", bench.store)
+    assert first.run.is_dir()
+
+
+class _RunsCode:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def _with_pickle(program: Path, marker: Path, target: Path) -> None:
+    """Copy a .pt2 and put a pickle that runs code in the place of its sample inputs."""
+    evil = io.BytesIO()
+    torch.save({"inputs": _RunsCode(marker)}, evil)
+    with zipfile.ZipFile(program) as source, zipfile.ZipFile(target, "w") as copy:
+        for item in source.infolist():
+            pickled = item.filename.endswith("data/sample_inputs/model.pt")
+            copy.writestr(item, evil.getvalue() if pickled else source.read(item))
+
+
+class _TwoInputs(nn.Module):
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first @ second
+
+
+def _bad_models(bench: Any) -> dict[str, tuple[dict[str, object], str, str]]:
+    """Return by name: the model, the class of its error, and what the error's text must say."""
+    folder = bench.folder
+    state = bench.state()
+    whole = (folder / bench.checkpoint("whole", state)).read_bytes()
+    (folder / "torn.safetensors").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weight": _RunsCode(folder / "code-ran")}, folder / "evil.pth")
+    broken = {name: tensor.clone() for name, tensor in state.items()}
+    broken["3.weight"][0, 0, 0, 0] = float("nan")
+    program = torch.export.export(_network(bench), (torch.zeros(1, 3, 16, 16),))
+    torch.export.save(program, folder / "fine.pt2")
+    _with_pickle(folder / "fine.pt2", folder / "code-ran", folder / "evil.pt2")
+    two = torch.export.export(_TwoInputs(), (torch.zeros(2, 2), torch.zeros(2, 2)))
+    torch.export.save(two, folder / "two.pt2")
+    batch, side = torch.export.Dim("batch"), torch.export.Dim("side", min=4, max=64)
+    dynamic = torch.export.export(
+        _network(bench), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: batch, 2: side, 3: side},)
+    )
+    torch.export.save(dynamic, folder / "dynamic.pt2")
+    normless = bench.checkpoint("normless", bench.state("without_norm"))
+    return {
+        "absent": ({**bench.model("absent"), "checkpoint": "no.safetensors"}, "CheckpointError", "no.safetensors"),
+        "torn": (bench.model("torn", checkpoint="torn.safetensors"), "CheckpointError", "truncated or corrupt"),
+        "evil": (bench.model("evil", checkpoint="evil.pth"), "UnsafeCheckpointError", "evil.pth"),
+        "other": (bench.model("other", "plain", 16, checkpoint="whole.safetensors"), "MismatchError", "3.weight"),
+        "nan": (bench.model("nan", checkpoint=bench.checkpoint("nan", broken)), "NonFiniteError", "3.weight"),
+        "normless": (
+            bench.model("normless", "without_norm", checkpoint=normless),
+            "UnsupportedModelError",
+            "BatchNorm",
+        ),
+        "bug": (bench.model("bug", "raises_a_bug"), "FactoryError", "ZeroDivisionError: unforeseen"),
+        "evil-program": ({"name": "evil-program", "program": "evil.pt2"}, "UnsafeCheckpointError", "evil.pt2"),
+        "two-inputs": ({"name": "two-inputs", "program": "two.pt2"}, "UnsupportedModelError", "input"),
+        "dynamic": ({"name": "dynamic", "program": "dynamic.pt2"}, "UnsupportedModelError", "dynamic"),
+    }
+
+
+def test_bad_models_fail_by_name_and_the_others_finish(bench: Any) -> None:
+    bad = _bad_models(bench)
+    models = [model for model, _, _ in bad.values()]
+    summary = _run(bench.job([*models[:5], bench.model("good"), *models[5:]], [MP]))
+    rows = {row.model: row for row in summary.rows}
+    assert summary.exit_code == 3
+    assert rows["good"].status == "done"
+    assert {name: row.error_class for name, row in rows.items() if name != "good"} == {
+        name: error_class for name, (_, error_class, _) in bad.items()
+    }
+    for name, (_, _, text) in bad.items():
+        assert text in str(rows[name].error), name
+        assert _log(summary, rows[name]).is_file()
+    assert "ZeroDivisionError" in _log(summary, rows["bug"]).read_text()
+    assert not (bench.folder / "code-ran").exists()
+    assert [folder.parent.parent.name for folder in find_artifacts(bench.store)] == ["good"]
+    assert list((bench.store / ".attempts").iterdir()) == []
+    assert {row.task: row.error for row in read_models(summary.run)} == {row.task: row.error for row in summary.rows}
+
+
+def _log(summary: RunSummary, row: ModelRow) -> Path:
+    return summary.run / "logs" / row.model / row.bit_plan / f"{row.attempt}.log"
+
+
+def test_a_disk_that_takes_no_more_fails_the_large_task_only_and_keeps_no_half_artifact(bench: Any) -> None:
+    large = bench.checkpoint("large", bench.state("plain", 128))
+    models = [bench.model("large", "plain", 128, checkpoint=large), bench.model("small")]
+    job = bench.job(models, [R4], resources={"devices": "cpu"})
+    limit = 100_000  # bytes a file: the large artifact does not fit, the report's parts do
+    done = subprocess.run(
+        [sys.executable, "-m", "dfmpc.cli", "run", str(job), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 3, done.stderr
+    rows = {row["task"]: row for row in json.loads(done.stdout)["models"]}
+    assert (rows["small/r4"]["status"], rows["large/r4"]["error_class"]) == ("done", "StorageError")
+    assert "--output" in rows["large/r4"]["error"]
+    assert "large/r4 failed: StorageError" in done.stderr
+    assert [folder.parent.parent.name for folder in find_artifacts(bench.store)] == ["small"]
+    assert list((bench.store / ".attempts").iterdir()) == []
+
+
+def test_the_python_functions_run_a_job_and_compress_a_network_in_memory(bench: Any) -> None:
+    network = _network(bench)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    compressed = dfmpc.compress(network, [1, 3, 16, 16], method="dfmpc", low=2, high=6)
+    assert {layer.layer.name: layer.quantized.format.bits for layer in compressed.layers} == {
+        "0": 6,
+        "3": 2,
+        "6": 6,
+        "11": 6,
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(dfmpc.errors.UsageError, match=r"compress\(\) got no valid bit-plan: .*bits"):
+        dfmpc.compress(network, [1, 3, 16, 16], method="rtn", bits=99)
+    with pytest.raises(dfmpc.errors.UsageError, match=r"run\(\) got colour; the options are output, only"):
+        dfmpc.run("job.yaml", colour="red")
+    summary = dfmpc.run(bench.job([bench.model("good")], [R2]), output=str(bench.folder / "else"), progress=False)
+    assert [(row.task, row.status) for row in summary.rows] == [("good/r2", "done")]
+    assert summary.run.parent == bench.folder / "else" / "runs"
+    stored = dfmpc.load_state_dict(bench.folder / "else" / str(summary.rows[0].artifact))
+    assert stored["3.weight"].unique().numel() <= 3 * 8
