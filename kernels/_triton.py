@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Pointer", "available", "interpreted", "jit", "tl", "triton"]
+__all__ = ["available", "interpreted", "jit", "tl", "triton"]
 
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
-
-    Pointer = Any
-    """A kernel's argument: the address of a tensor's first element, or one scalar or block within a kernel."""
 else:
-    Pointer = Any
     try:
         import triton
         import triton.language as tl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .device import load_codes
 from .formats import CodeFormat, Grid
 from .launch import launch_shape, on_device, use_triton
@@ -49,15 +49,15 @@ def dequantize_reference(
 
 @jit
 def dequantize_kernel(
-    packed_ptr: Pointer,
-    scale_ptr: Pointer,
-    zero_point_ptr: Pointer,
-    value_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    group_size: Pointer,
-    groups: Pointer,
-    row_bytes: Pointer,
+    packed_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_point_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    group_size: tl.tensor,
+    groups: tl.tensor,
+    row_bytes: tl.tensor,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     LAYER_WISE: tl.constexpr,

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 
 
 @jit
-def exponent_of(absmax: Pointer) -> Pointer:
+def exponent_of(absmax: tl.tensor) -> tl.tensor:
     """Return int32 e with float32 ``absmax < 2^e`` (sums.exponents)."""
     field = absmax.to(tl.int32, bitcast=True) >> 23
     return tl.maximum(field, 1) - 126
 
 
 @jit
-def two_to_the(exponent: Pointer) -> Pointer:
+def two_to_the(exponent: tl.tensor) -> tl.tensor:
     """Return 2^exponent in float64 (sums.power_of_two)."""
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @jit
-def round_half_even(x: Pointer) -> Pointer:
+def round_half_even(x: tl.tensor) -> tl.tensor:
     """Round float64 below 2^51 half to even: adding 1.5 * 2^52 leaves no room for a fraction."""
     return (x + 6755399441055744.0) - 6755399441055744.0
 
 
 @jit
-def exact_sum(terms: Pointer) -> Pointer:
+def exact_sum(terms: tl.tensor) -> tl.tensor:
     """Round float64 terms [rows, block] and add them to int64 [rows] (sums.exact_total)."""
     return tl.sum(round_half_even(terms).to(tl.int64), axis=1)
 
 
 @jit
-def magnitude_bits(x: Pointer) -> Pointer:
+def magnitude_bits(x: tl.tensor) -> tl.tensor:
     """Return the bits of float32 |x| as int32: they order as magnitudes do, with Inf and then NaN on top."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
-def locate(rows: Pointer, length: Pointer, group_size: Pointer, groups: Pointer, ROWS: tl.constexpr) -> Pointer:
+def locate(
+    rows: tl.tensor, length: tl.tensor, group_size: tl.tensor, groups: tl.tensor, ROWS: tl.constexpr
+) -> tl.tensor:
     """Return this program's rows [ROWS], which of them exist, its group, that group's first column and its extent."""
     pid = tl.program_id(0).to(tl.int64)
     i_group = pid % groups
@@ -48,8 +50,13 @@ def locate(rows: Pointer, length: Pointer, group_size: Pointer, groups: Pointer,
 
 @jit
 def segment_extremes(
-    segment_ptr: Pointer, m_row: Pointer, count: Pointer, group_size: Pointer, ROWS: tl.constexpr, BLOCK: tl.constexpr
-) -> Pointer:
+    segment_ptr: tl.tensor,
+    m_row: tl.tensor,
+    count: tl.tensor,
+    group_size: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
     """Return float32 largest magnitude, minimum and maximum [ROWS] of the first ``count`` columns; 0 for no row."""
     b_bits = tl.zeros((ROWS,), dtype=tl.int32)
     b_minimum = tl.full((ROWS,), float("inf"), dtype=tl.float32)
@@ -67,12 +74,12 @@ def segment_extremes(
 
 @jit
 def store_codes(
-    packed_ptr: Pointer,
-    codes: Pointer,
-    o_start: Pointer,
-    first: Pointer,
-    length: Pointer,
-    m_row: Pointer,
+    packed_ptr: tl.tensor,
+    codes: tl.tensor,
+    o_start: tl.tensor,
+    first: tl.tensor,
+    length: tl.tensor,
+    m_row: tl.tensor,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,8 +102,13 @@ def store_codes(
 
 @jit
 def load_codes(
-    packed_ptr: Pointer, o_start: Pointer, o_column: Pointer, row_bytes: Pointer, mask: Pointer, BITS: tl.constexpr
-) -> Pointer:
+    packed_ptr: tl.tensor,
+    o_start: tl.tensor,
+    o_column: tl.tensor,
+    row_bytes: tl.tensor,
+    mask: tl.tensor,
+    BITS: tl.constexpr,
+) -> tl.tensor:
     """Load int32 codes [rows, block] at columns ``o_column`` of rows that begin at byte ``o_start``.
 
     A code lies in one byte or in two neighbours; the second is not read where it would be the next row's.

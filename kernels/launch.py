@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ._triton import available
 
-TILE = 1024
-"""Elements a program holds at a time: eight for each thread of four warps, as float64 still without spills."""
+TILE = 512
+"""Elements a program holds at a time: four for each thread of four warps. Twice as many spill (compile_kernels.py)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def launch_shape(rows: int, length: int) -> LaunchShape:
     """
     block = min(TILE, max(8, power_of_two_above(length)))
     tile_rows = min(TILE // block, power_of_two_above(rows))
-    return LaunchShape(rows=tile_rows, block=block, num_warps=max(1, min(4, tile_rows * block // 256)))
+    return LaunchShape(rows=tile_rows, block=block, num_warps=max(1, min(4, tile_rows * block // 128)))
 
 
 def use_triton(tensor: Tensor) -> bool:

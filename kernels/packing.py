@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .device import load_codes, store_codes
 from .launch import launch_shape, on_device, use_triton
 
@@ -40,7 +40,9 @@ def pack_reference(codes: Tensor, bits: int) -> Tensor:
     rows, length = codes.shape
     if bits == 8:
         return codes.clone()
-    words = pad(codes, (0, -length % 8)).contiguous().view(torch.int64)
+    if codes.numel() == 0:
+        return codes.new_zeros((rows, 0))
+    words = pad(codes, (0, -length % 8)).reshape(-1).view(torch.int64).view(rows, -1)
     for lane in (8, 16, 32):
         low = _LOW_LANES[lane]
         # Codes are below 2^7 here, so the top bit is clear and the arithmetic shift is a logical one.
@@ -57,11 +59,11 @@ def unpack_reference(packed: Tensor, bits: int, length: int) -> Tensor:
     """
     check_packed(packed, bits, length)
     rows, row_bytes = packed.shape
-    if bits == 8:
-        return packed.clone()
+    if bits == 8 or packed.numel() == 0:
+        return packed.reshape(rows, length).clone()
     groups = -(-length // 8)
     stream = pad(packed, (0, groups * bits - row_bytes)).view(rows, groups, bits)
-    words = pad(stream, (0, 8 - bits)).contiguous().view(torch.int64).view(rows, groups)
+    words = pad(stream, (0, 8 - bits)).reshape(-1).view(torch.int64).view(rows, groups)
     for lane in (32, 16, 8):
         low = lane // 8 * bits
         keep = _repeat_lanes((1 << low) - 1, 2 * lane)
@@ -75,11 +77,11 @@ def _repeat_lanes(mask: int, lane: int) -> int:
 
 @jit
 def pack_kernel(
-    codes_ptr: Pointer,
-    packed_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    row_bytes: Pointer,
+    codes_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    row_bytes: tl.tensor,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,11 +122,11 @@ def pack_triton(codes: Tensor, bits: int) -> Tensor:
 
 @jit
 def unpack_kernel(
-    packed_ptr: Pointer,
-    codes_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    row_bytes: Pointer,
+    packed_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    row_bytes: tl.tensor,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .formats import CodeFormat, Grid
 
 SMALLEST = 2.0**-149
@@ -58,8 +58,8 @@ def scales_of(extremes: Tensor, format: CodeFormat) -> Scales:
 
 @jit
 def scales_kernel(
-    b_absmax: Pointer, b_minimum: Pointer, b_maximum: Pointer, GRID: tl.constexpr, BITS: tl.constexpr
-) -> Pointer:
+    b_absmax: tl.tensor, b_minimum: tl.tensor, b_maximum: tl.tensor, GRID: tl.constexpr, BITS: tl.constexpr
+) -> tl.tensor:
     """Return the fields of ``Scales`` for float32 extremes [rows], by the same float64 arithmetic."""
     b_wide = b_absmax.to(tl.float64)
     b_zero_point = tl.zeros_like(b_absmax)

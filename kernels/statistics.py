@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .device import exact_sum, exponent_of, locate, segment_extremes, two_to_the
 from .launch import launch_shape, on_device, use_triton
 from .segments import check_weight, row_chunks, row_parts
@@ -78,16 +78,16 @@ def _segment_totals(segments: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 @jit
 def statistics_kernel(
-    weight_ptr: Pointer,
-    absmax_ptr: Pointer,
-    minimum_ptr: Pointer,
-    maximum_ptr: Pointer,
-    abs_ptr: Pointer,
-    square_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    group_size: Pointer,
-    groups: Pointer,
+    weight_ptr: tl.tensor,
+    absmax_ptr: tl.tensor,
+    minimum_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    abs_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    group_size: tl.tensor,
+    groups: tl.tensor,
     FINENESS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .launch import launch_shape, on_device, use_triton
 from .segments import check_weight, row_chunks
 
@@ -46,11 +46,11 @@ def tap_sums_reference(weight: Tensor, taps: int) -> TapSums:
 
 @jit
 def tap_sums_kernel(
-    weight_ptr: Pointer,
-    sum_ptr: Pointer,
-    square_ptr: Pointer,
-    rows: Pointer,
-    channels: Pointer,
+    weight_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
     TAPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

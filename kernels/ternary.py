@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .device import exact_sum, exponent_of, locate, round_half_even, segment_extremes, store_codes, two_to_the
 from .formats import CodeFormat, Grid, Quantized
 from .launch import launch_shape, on_device, use_triton
@@ -48,20 +48,20 @@ def _segment_codes(segments: Tensor, bits: int, threshold: Tensor | None) -> tup
 
 @jit
 def ternary_kernel(
-    weight_ptr: Pointer,
-    threshold_ptr: Pointer,
-    packed_ptr: Pointer,
-    absmax_ptr: Pointer,
-    bound_ptr: Pointer,
-    square_ptr: Pointer,
-    kept_ptr: Pointer,
-    count_ptr: Pointer,
-    zero_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    group_size: Pointer,
-    groups: Pointer,
-    row_bytes: Pointer,
+    weight_ptr: tl.tensor,
+    threshold_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    absmax_ptr: tl.tensor,
+    bound_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    count_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    group_size: tl.tensor,
+    groups: tl.tensor,
+    row_bytes: tl.tensor,
     FINENESS: tl.constexpr,
     LAYER_WISE: tl.constexpr,
     ROWS: tl.constexpr,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import Pointer, jit, tl
+from ._triton import jit, tl
 from .device import exact_sum, exponent_of, locate, round_half_even, segment_extremes, store_codes, two_to_the
 from .formats import CodeFormat, Grid, Quantized
 from .launch import launch_shape, on_device, use_triton
@@ -86,22 +86,22 @@ def _asymmetric_sums(
 
 @jit
 def uniform_kernel(
-    weight_ptr: Pointer,
-    extremes_ptr: Pointer,
-    packed_ptr: Pointer,
-    scale_ptr: Pointer,
-    zero_point_ptr: Pointer,
-    absmax_ptr: Pointer,
-    bound_ptr: Pointer,
-    square_ptr: Pointer,
-    dot_ptr: Pointer,
-    norm_ptr: Pointer,
-    zero_ptr: Pointer,
-    rows: Pointer,
-    length: Pointer,
-    group_size: Pointer,
-    groups: Pointer,
-    row_bytes: Pointer,
+    weight_ptr: tl.tensor,
+    extremes_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_point_ptr: tl.tensor,
+    absmax_ptr: tl.tensor,
+    bound_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    dot_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    group_size: tl.tensor,
+    groups: tl.tensor,
+    row_bytes: tl.tensor,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     FINENESS: tl.constexpr,
@@ -158,16 +158,16 @@ def uniform_kernel(
 
 @jit
 def levels_kernel(
-    b_w: Pointer,
-    b_level: Pointer,
-    b_scale: Pointer,
-    b_zero_point: Pointer,
-    b_e: Pointer,
-    b_bound: Pointer,
+    b_w: tl.tensor,
+    b_level: tl.tensor,
+    b_scale: tl.tensor,
+    b_zero_point: tl.tensor,
+    b_e: tl.tensor,
+    b_bound: tl.tensor,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     FINENESS: tl.constexpr,
-) -> Pointer:
+) -> tl.tensor:
     """Return int64 codes, float64 terms of the dot product, int64 squares and where a value is zero, [ROWS, BLOCK]."""
     if GRID == "dorefa":
         b_level = tl.minimum(tl.maximum(b_level, 0.0), 2**BITS - 1.0)

@@ -1,0 +1,32 @@
+"""Kernels run in Triton's interpreter where there is no GPU, in the same process as their references."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Triton reads this when it is first imported and decorates every kernel accordingly, so it stands above all
+# imports of dfmpc.kernels. With a GPU the same tests run the compiled kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+
+@pytest.fixture
+def device() -> str:
+    """Where launchers run: the GPU, or the CPU with the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty gives with NaN, -1 or 0xFF, so that an output nobody wrote shows."""
+    plain = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        fresh = plain(*args, **kwargs)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else 255 if fresh.dtype is torch.uint8 else -1)
+
+    monkeypatch.setattr(torch, "empty", empty)
