@@ -85,7 +85,7 @@ def _getitem(node: fx.Node, tracker: Tracker) -> list[Node]:
     if operator_name(source) in FIRST_RESULT_ONLY and index == 0:
         tracker.current[node.name] = tracker.current[source.name]
         return []
-    if source.name not in tracker.current or not _yields_tensor(node):
+    if source.name not in tracker.current or not _yields_tensor(node) or not node.users:
         return []
     tracker.current[node.name] = node.name
     inputs = (tracker.current[source.name],)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from torch import fx
+
 from ..errors import UnsupportedModelError
 from .calls import EVAL_REMEDY, Call, sizes
 from .graph import Node, Op
@@ -45,10 +47,11 @@ def dropout(call: Call) -> Node:
 def add(call: Call) -> Node:
     """Sum of two activations of one shape; a constant, a parameter or broadcasting makes it OTHER."""
     node = call.make(Op.ADD)
-    left, right = call.input_shape("self"), call.input_shape("other")
-    twice = call.args["self"] is call.args["other"]
-    plain = call.args.get("alpha", 1) == 1 and left == right and (len(node.inputs) == 2 or twice)
-    return node if plain and node.inputs else replace(node, op=Op.OTHER)
+    current, terms = call.tracker.current, (call.args["self"], call.args["other"])
+    inputs = tuple(current[term.name] for term in terms if isinstance(term, fx.Node) and term.name in current)
+    same = call.input_shape("self") == call.input_shape("other")
+    plain = len(inputs) == 2 and same and call.args.get("alpha", 1) == 1
+    return replace(node, inputs=inputs) if plain else replace(node, op=Op.OTHER)
 
 
 def cat(call: Call) -> Node:
