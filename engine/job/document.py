@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -14,6 +14,7 @@ from ..errors import JobFileError, Problem
 MAX_BYTES = 2**20
 MAX_ALIASES = 50
 MAX_NODES = 200_000
+MAX_DEPTH = 50
 
 FieldPath = tuple[str | int, ...]
 
@@ -35,17 +36,24 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that gives up after ``MAX_ALIASES`` aliases."""
+    """SafeLoader that gives up after ``MAX_ALIASES`` aliases and below ``MAX_DEPTH`` levels."""
 
-    aliases = 0
+    aliases = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # bare in types-PyYAML
-                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", mark)
-        return super().compose_node(parent, index)
+        self.aliases += self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.aliases > MAX_ALIASES:
+            self._refuse(f"more than {MAX_ALIASES} aliases")
+        if self.depth > MAX_DEPTH:
+            self._refuse(f"fields nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, what: str) -> NoReturn:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # bare in types-PyYAML
+        raise yaml.composer.ComposerError(None, None, what, mark)
 
 
 def path_text(path: FieldPath) -> str:
@@ -66,7 +74,7 @@ def parse(path: Path) -> Document:
         if problems:
             raise JobFileError(str(path), problems)
         return Document(str(path), loader.construct_document(root), lines)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise JobFileError(str(path), [_broken(error)]) from error
     finally:
         loader.dispose()
@@ -98,15 +106,13 @@ def _not_a_mapping(root: yaml.Node | None) -> Problem:
 
 
 def _broken(error: Exception) -> Problem:
-    if isinstance(error, RecursionError):
-        return Problem("(file)", "fields nested too deeply", "a job file without such nesting")
     mark = getattr(error, "problem_mark", None)
     seen = getattr(error, "problem", None) or " ".join(str(error).split())
     return Problem("(file)", seen, "plain YAML without tags", mark.line + 1 if mark else None)
 
 
 def _walk(root: yaml.MappingNode) -> tuple[dict[FieldPath, int], list[Problem]]:
-    """Collect the lines of all fields with aliases followed; stop where they multiply beyond ``MAX_NODES``."""
+    """Collect the lines of all fields with aliases followed; stop where that does not end soon."""
     lines: dict[FieldPath, int] = {}
     problems: list[Problem] = []
     stack: list[tuple[FieldPath, yaml.Node]] = [((), root)]
@@ -114,8 +120,8 @@ def _walk(root: yaml.MappingNode) -> tuple[dict[FieldPath, int], list[Problem]]:
     while stack:
         path, node = stack.pop()
         seen += 1
-        if seen > MAX_NODES:
-            expected = f"at most {MAX_NODES} values once aliases are followed"
+        if seen > MAX_NODES or len(path) > MAX_DEPTH:
+            expected = f"at most {MAX_NODES} values, nested at most {MAX_DEPTH} deep, once aliases are followed"
             return {}, [Problem("(file)", "aliases that multiply or contain themselves", expected)]
         lines.setdefault(path, node.start_mark.line + 1)
         children = _children(path, node, lines, problems)
