@@ -235,11 +235,8 @@ def _log(summary: RunSummary, row: ModelRow) -> Path:
     return summary.run / "logs" / row.model / row.bit_plan / f"{row.attempt}.log"
 
 
-def test_a_disk_that_takes_no_more_fails_the_large_task_only_and_keeps_no_half_artifact(bench: Any) -> None:
-    large = bench.checkpoint("large", bench.state("plain", 128))
-    models = [bench.model("large", "plain", 128, checkpoint=large), bench.model("small")]
-    job = bench.job(models, [R4], resources={"devices": "cpu"})
-    limit = 100_000  # bytes a file: the large artifact does not fit, the report's parts do
+def _run_with_file_limit(job: Path, limit: int) -> tuple[int, dict[str, Any], str]:
+    """Run the command with at most ``limit`` bytes a file; return its exit code, its rows by task and its stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "dfmpc.cli", "run", str(job), "--json"],
         capture_output=True,
@@ -247,13 +244,30 @@ def test_a_disk_that_takes_no_more_fails_the_large_task_only_and_keeps_no_half_a
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert done.returncode == 3, done.stderr
-    rows = {row["task"]: row for row in json.loads(done.stdout)["models"]}
+    return done.returncode, {row["task"]: row for row in json.loads(done.stdout)["models"]}, done.stderr
+
+
+def test_a_disk_that_takes_no_more_fails_the_large_task_only_and_keeps_no_half_artifact(bench: Any) -> None:
+    large = bench.checkpoint("large", bench.state("plain", 128))
+    models = [bench.model("large", "plain", 128, checkpoint=large), bench.model("small")]
+    job = bench.job(models, [R4], resources={"devices": "cpu"})
+    # the large artifact does not fit, the report's parts do
+    code, rows, said = _run_with_file_limit(job, 100_000)
+    assert code == 3, said
     assert (rows["small/r4"]["status"], rows["large/r4"]["error_class"]) == ("done", "StorageError")
     assert "--output" in rows["large/r4"]["error"]
-    assert "large/r4 failed: StorageError" in done.stderr
+    assert "large/r4 failed: StorageError" in said
     assert [folder.parent.parent.name for folder in find_artifacts(bench.store)] == ["small"]
     assert list((bench.store / ".attempts").iterdir()) == []
+
+
+def test_a_disk_that_takes_not_even_the_report_is_told_on_stderr(bench: Any) -> None:
+    code, rows, said = _run_with_file_limit(bench.job([bench.model("small")], [R4]), 6_000)
+    assert code == 3, said
+    assert rows["small/r4"]["error_class"] == "StorageError"
+    assert "warning: small/r4: " in said
+    assert "report/layers: cannot be written" in said
+    assert [verify(folder).findings for folder in find_artifacts(bench.store)] == [[]]  # it fitted, and is whole
 
 
 def test_the_python_functions_run_a_job_and_compress_a_network_in_memory(bench: Any) -> None:
