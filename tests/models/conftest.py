@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-import torch
 from dfmpc.job.expand import ModelSource
 from dfmpc.models.factory import AllowList
 
@@ -23,28 +21,18 @@ def make_source() -> Callable[..., ModelSource]:
     return source
 
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-
-
 @pytest.fixture(scope="session")
-def torchvision_models() -> ModuleType:
-    """Return torchvision.models, or skip.
-
-    PyPI's torchvision is built for a CUDA torch: beside a CPU-only one its C++ operators are absent and its import
-    stops at the fake kernels it registers for them. The networks need none of these operators, so the missing schemas
-    are defined and the import is tried again.
-    """
+def torchvision_models(project: Path) -> ModuleType:
+    """Return torchvision.models (as the benches import it), or skip."""
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed (extra 'vision')")
-    for _ in range(4):
-        try:
-            return importlib.import_module("torchvision.models")
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            _LIBRARY.define(f"{missing.group(1)}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision.models")
+    file = project / "scripts" / "torchvision_beside_cpu_torch.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.torchvision_models()
 
 
 @pytest.fixture(scope="session")
