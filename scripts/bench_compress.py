@@ -38,6 +38,7 @@ from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from safetensors.torch import save_file
 from torch import nn
+from torchvision_beside_cpu_torch import torchvision_models
 
 PLAN = DfmpcPlan.model_validate(
     {"name": "mp2-6", "method": "dfmpc", "calibrator": {"name": "analytic", "rho": 0.5, "tau": None}}
@@ -94,6 +95,8 @@ def once(source: ModelSource, store: Path) -> tuple[float, float, float]:
 def peak_of(source: ModelSource, store: Path, threads: int, pipe: multiprocessing.connection.Connection) -> None:
     """Report the peak resident memory (MiB) of one compression in a fresh process."""
     torch.set_num_threads(threads)
+    if source.name != "efficientnet-lite0":
+        torchvision_models()
     once(source, store)
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -145,6 +148,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if find_spec("torchvision") is None:
         sys.exit("error: the bench needs torchvision: pip install 'dfmpc[vision]'")
+    torchvision_models()
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
     print(f"{'model':<20}{'MiB':>7}{'load s':>8}{'compress':>10}{'write s':>9}{'total s':>9}", end="")
     print(f"{'by channel':>12}{'ratio':>7}{'peak MiB':>10}{'allowed':>9}")
