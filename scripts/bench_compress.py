@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
+from dfmpc.run.memory import peak_bytes
 from safetensors.torch import save_file
 from torch import nn
 from torchvision_beside_cpu_torch import torchvision_models
@@ -98,7 +98,7 @@ def peak_of(source: ModelSource, store: Path, threads: int, pipe: multiprocessin
     if source.name != "efficientnet-lite0":
         torchvision_models()
     once(source, store)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(peak_bytes() / 2**20)
 
 
 def peak_mib(source: ModelSource, store: Path, threads: int) -> float:

@@ -52,14 +52,16 @@ def image_state(channels: int) -> State:
 
 
 def _activation(node: Node, state: State) -> State:
+    lower: float | None = 0.0
+    upper: float | None = None
     if node.op is Op.RELU:
-        after, bounds = gaussian.relu(state.moments), (0.0, None)
+        after = gaussian.relu(state.moments)
     elif node.op is Op.RELU6:
-        after, bounds = gaussian.relu6(state.moments), (0.0, 6.0)
+        after, upper = gaussian.relu6(state.moments), 6.0
     else:
-        after, bounds = gaussian.leaky_relu(state.moments, node.slope), (None, None)
+        after, lower = gaussian.leaky_relu(state.moments, node.slope), None
     gain = torch.where(state.variance > 0, after.variance / state.variance.clamp_min(1e-300), 1.0)
-    return State(after.mean, after.variance, state.shift, state.quantized_variance * gain, *bounds)
+    return State(after.mean, after.variance, state.shift, state.quantized_variance * gain, lower, upper)
 
 
 def _add(states: Sequence[State]) -> State:
