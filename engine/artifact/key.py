@@ -13,7 +13,6 @@ from pydantic import JsonValue
 
 from ..compress.compress import describe_plan
 from ..job.expand import ModelSource, Task
-from ..job.methods import AnalyticCalibrator, BitPlan, DfmpcPlan
 from .manifest import FORMAT_VERSION
 
 KEY_VERSION = 1
@@ -35,12 +34,12 @@ class TaskKey:
         return self.key[:12]
 
 
-def task_key(task: Task, digests: Sequence[str], *, distribution: str | None, threads: int = 1) -> TaskKey:
+def task_key(task: Task, digests: Sequence[str], *, distribution: str | None) -> TaskKey:
     """Return the key of ``task``.
 
     ``digests`` are the tree digests of ``models.load.input_files(task.model)``, in that order; ``distribution`` is
-    ``models.factory.distribution_version`` of the factory, None for a program; ``threads`` are those that compute,
-    which matter only where a recipe factorises matrices. Names of model and plan and paths are left out.
+    ``models.factory.distribution_version`` of the factory, None for a program. Names of model and plan and paths are
+    left out, and so is the number of threads: compression computes with one.
     """
     ingredients: dict[str, JsonValue] = {
         "key_version": KEY_VERSION,
@@ -53,8 +52,6 @@ def task_key(task: Task, digests: Sequence[str], *, distribution: str | None, th
         "plan": task.plan.model_dump(mode="json", exclude={"name"}),
         "layers": [rule.model_dump(mode="json") for rule in task.layers],
     }
-    if factorises(task.plan):
-        ingredients["threads"] = threads
     return TaskKey(digest_of(ingredients), ingredients)
 
 
@@ -65,15 +62,6 @@ def _source(source: ModelSource, digests: Sequence[str], distribution: str | Non
     # the graph that lies in the artifact is written by torch, each version in its own way
     writer = version("torch") if source.program else None
     return {**fields, "distribution": distribution, "inputs": inputs, "torch": writer}
-
-
-def factorises(plan: BitPlan) -> bool:
-    """Tell whether the plan solves linear systems, whose last bits depend on the number of threads."""
-    return (
-        isinstance(plan, DfmpcPlan)
-        and isinstance(plan.calibrator, AnalyticCalibrator)
-        and plan.calibrator.tau is not None
-    )
 
 
 def evaluation_key(artifact_key: str, settings: Mapping[str, JsonValue], data_digest: str | None) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,13 +58,29 @@ def compress_model(
 ) -> Compressed:
     """Quantize every weight layer of ``model`` under ``plan`` and repair what the plan's method repairs.
 
-    ``device`` is where the kernels run; everything of a channel's size is computed on the CPU in float64.
+    ``device`` is where the kernels run; everything of a channel's size is computed on the CPU in float64, with one
+    thread: the operations are too small to share, and a factorisation's last bits would depend on the number.
 
     Raises:
         UnsupportedModelError: the network has no weight layer, or the method is dfmpc and it has no pair.
         NonFiniteError: a weight or a BatchNorm statistic is NaN or Inf.
 
     """
+    with _one_thread():
+        return _compress(model, plan, rules, device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule], device: str) -> Compressed:
     pairing = find_pairs(model.graph)
     _check(model, plan, pairing)
     assignments = assign(model.graph.layers, plan, rules, pairing)

@@ -61,7 +61,7 @@ def run_group(tasks: Sequence[Task], context: GroupContext) -> Iterator[TaskOutc
     A task that fails gives a failed row and the next one goes on; a model that does not load fails all its tasks.
     """
     allow = AllowList.default(context.settings.allow_code)
-    shared = SharedModel(tasks[0].model, allow, context.settings.threads)
+    shared = SharedModel(tasks[0].model, allow)
     for task in tasks:
         yield _Attempt(task, context, shared).run()
 

@@ -85,11 +85,7 @@ def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
 def _group_rows(loaded: LoadedJob, tasks: Sequence[Task], allow: AllowList, problems: list[str]) -> Iterator[PlanRow]:
     """Yield the rows of one model's tasks; what would fail them goes to ``problems``."""
     source = tasks[0].model
-    shared, store, size = (
-        SharedModel(source, allow, loaded.job.resources.threads),
-        Store(loaded.store),
-        source_bytes(source),
-    )
+    shared, store, size = SharedModel(source, allow), Store(loaded.store), source_bytes(source)
     try:
         keys = {task.id: shared.key(task).key for task in tasks}
     except ModelError as error:

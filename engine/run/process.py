@@ -21,9 +21,9 @@ _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dfmpc.run.worker import main; main(int(sys.argv[1]))"
 )
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_WAIT = "OMP_WAIT_POLICY"
-"""Idle threads sleep (PASSIVE) unless the operator says otherwise: on a busy node, spinning made small layers ten
-times slower (docs/measured.md)."""
+_SPIN = "GOMP_SPINCOUNT"
+"""How long an idle OpenMP thread spins before it sleeps. The default (300,000) makes every small operation wait for a
+thread that another process has displaced: on a busy node that was ten times slower."""
 STOP_S = 5.0
 """How long a worker may take to end after SIGTERM before it is killed."""
 
@@ -40,7 +40,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the scheduler's stdout may be a JSON document
                 start_new_session=True,
-                env={_WAIT: "PASSIVE", **os.environ, **dict.fromkeys(_THREADS, str(settings.threads))},
+                env={_SPIN: "10000", **os.environ, **dict.fromkeys(_THREADS, str(settings.threads))},
             )
         self.connection: Connection = Connection(ours.detach())
         self.send(settings)

@@ -35,8 +35,8 @@ class Inputs:
 class SharedModel:
     """One model on behalf of its tasks. A failure is remembered and raised again for every task."""
 
-    def __init__(self, source: ModelSource, allow: AllowList, threads: int) -> None:
-        self._source, self._allow, self._threads = source, allow, threads
+    def __init__(self, source: ModelSource, allow: AllowList) -> None:
+        self._source, self._allow = source, allow
         self._inputs: Inputs | None = None
         self._model: LoadedModel | None = None
         self._error: DfmpcError | None = None
@@ -61,7 +61,7 @@ class SharedModel:
     def key(self, task: Task) -> TaskKey:
         """Return the key of ``task``."""
         inputs = self.inputs()
-        return task_key(task, inputs.digests, distribution=inputs.distribution, threads=self._threads)
+        return task_key(task, inputs.digests, distribution=inputs.distribution)
 
     def model_key(self) -> str:
         """Return a digest of what makes the original network, for the cache of its logits."""

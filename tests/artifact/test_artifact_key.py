@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from dfmpc.artifact.key import TaskKey, digest_of, evaluation_key, explain, factorises, task_key
+from dfmpc.artifact.key import TaskKey, digest_of, evaluation_key, explain, task_key
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
 from dfmpc.job.schema import LayerRule
@@ -32,13 +32,12 @@ def key_of(
     rules: list[LayerRule] | None = None,
     digests: tuple[str, ...] = (A,),
     distribution: str | None = "zoo==1.0",
-    threads: int = 1,
 ) -> TaskKey:
     fields = {**RTN, **(plan or {})}
     chosen = RtnPlan(**fields) if fields["method"] == "rtn" else DfmpcPlan(**(plan or {}))
     model = ModelSource(**{**SOURCE, **(source or {})})
     task = Task(id=f"{model.name}/{chosen.name}", model=model, plan=chosen, layers=rules or [])
-    return task_key(task, digests, distribution=distribution, threads=threads)
+    return task_key(task, digests, distribution=distribution)
 
 
 def test_a_key_is_a_digest_with_a_short_form() -> None:
@@ -82,9 +81,8 @@ def test_key_is_sha256_of_canonical_json() -> None:
         {"source": {"checkpoint": "/elsewhere/x.pth"}},
         {"plan": {"name": "another-name"}},
         {"plan": {"granularity": "channel"}},
-        {"threads": 8},
     ],
-    ids=["model_name", "path", "plan_name", "default_spelt_out", "threads_without_factorising"],
+    ids=["model_name", "path", "plan_name", "default_spelt_out"],
 )
 def test_what_does_not_enter_the_key(same: dict[str, Any]) -> None:
     assert key_of(**same).key == key_of().key
@@ -114,15 +112,6 @@ def test_order_of_shards_and_of_rules_matters() -> None:
     assert key_of(digests=(A, B)).key != key_of(digests=(B, A)).key
     stem, head = LayerRule(match="*", bits=8), LayerRule(match="head", bits=2)
     assert key_of(rules=[stem, head]).key != key_of(rules=[head, stem]).key
-
-
-def test_threads_enter_only_where_matrices_are_factorised() -> None:
-    refined = {**DFMPC, "calibrator": {"name": "analytic", "tau": 1.0}}
-    unrefined = {**DFMPC, "calibrator": {"name": "analytic", "tau": None}}
-    assert key_of(plan=refined, threads=1).key != key_of(plan=refined, threads=2).key
-    assert key_of(plan=unrefined, threads=1).key == key_of(plan=unrefined, threads=2).key
-    assert factorises(DfmpcPlan(name="d", method="dfmpc"))
-    assert not factorises(DfmpcPlan(name="d", method="dfmpc", calibrator="norm"))
 
 
 def test_a_program_and_a_checkpoint_of_the_same_bytes_differ() -> None:

@@ -230,14 +230,16 @@ def test_not_a_number_is_named(loaded: Loader, name: str) -> None:
         compress_model(model, plan())
 
 
-def test_same_bytes_with_one_and_two_threads(loaded: Loader) -> None:
+@pytest.mark.parametrize("tau", [None, 1.0], ids=["propagated", "factorised"])
+def test_same_bytes_with_one_and_two_threads(loaded: Loader, tau: float | None) -> None:
     model = loaded(Residual(), (1, 3, 8, 8))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = compress_model(model, plan(calibrator={"name": "analytic", "tau": None}))
+        first = compress_model(model, plan(calibrator={"name": "analytic", "tau": tau}))
         torch.set_num_threads(2)
-        second = compress_model(model, plan(calibrator={"name": "analytic", "tau": None}))
+        second = compress_model(model, plan(calibrator={"name": "analytic", "tau": tau}))
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
