@@ -1,4 +1,4 @@
-"""Images made from nothing: seeded 1/f noise with the statistics of photographs."""
+"""Images made from nothing: seeded 1/f noise, every image with a slope, contrast, brightness and colour of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from torch import Tensor
 
 from ..errors import DataError
 
-EXPONENT = 1.0
-"""Amplitude falls as 1/f to this power (power as 1/f^2), as in natural images."""
-COLOUR_CORRELATION = 0.93
+NOISE_VERSION = 2
+"""Enters the key of every evaluation on noise: bumped when the images change."""
+SLOPES = (1.0, 2.5)
+"""Amplitude falls as 1/f to a power drawn from this range; photographs lie in its middle."""
+CONTRASTS = (0.1, 0.4)
+"""Standard deviation of an image's pixels, which are 0-1."""
+COLOUR_CORRELATION = 0.8
 PIXEL_MEAN = 0.47
-PIXEL_SD = 0.25
+BRIGHTNESS_SD = 0.15
+"""How the mean of an image varies, all channels alike."""
+CAST_SD = 0.2
+"""How the mean of a channel varies beyond that."""
 
 
 def noise_images(
@@ -25,41 +32,58 @@ def noise_images(
 ) -> Tensor:
     """Return ``count`` noise images, float32 [count, *shape], ``shape`` = (C, H, W) (any number of space axes works).
 
-    1/f noise whose channels correlate by 0.93, set to mean 0.47 and standard deviation 0.25, clamped to 0-1 and then
+    Images that differ in nothing but the noise all land in one class of a trained network, and agreement on them says
+    nothing; so each draws its own slope, contrast, brightness and colour cast. Pixels are clamped to 0-1 and then
     normalised as (x - mean) / std, or without them to mean 0 and standard deviation 1 over all. The same seed gives
-    the same images, with and without a GPU (docs/methods.md, section 5, step 0 for the statistics).
+    the same images, with and without a GPU.
 
     Raises DataError where ``mean`` or ``std`` has not one entry a channel.
     """
     generator = torch.Generator().manual_seed(seed)
     channels, space = shape[0], tuple(shape[1:])
-    own = _one_over_f(count, channels, space, generator)
-    common = _one_over_f(count, 1, space, generator)
+    each = (count, 1, *[1] * len(space))
+    slopes = _between(SLOPES, each, generator)
+    own = _one_over_f(slopes, channels, space, generator)
+    common = _one_over_f(slopes, 1, space, generator)
     mixed = COLOUR_CORRELATION**0.5 * common + (1 - COLOUR_CORRELATION) ** 0.5 * own
-    pixels: Tensor = ((mixed - mixed.mean()) / mixed.std() * PIXEL_SD + PIXEL_MEAN).clamp_(0, 1)
+    axes = tuple(range(1, mixed.dim()))
+    spread = mixed.std(axes, keepdim=True, correction=0).clamp_min(1e-12)
+    flat = (mixed - mixed.mean(axes, keepdim=True)) / spread
+    level = PIXEL_MEAN + BRIGHTNESS_SD * torch.randn(each, generator=generator, dtype=torch.float64)
+    cast = CAST_SD * torch.randn((count, channels, *each[2:]), generator=generator, dtype=torch.float64)
+    pixels = (flat * _between(CONTRASTS, each, generator) + level + cast).clamp_(0, 1)
+    return _normalised(pixels, shape, mean, std)
+
+
+def _between(bounds: tuple[float, float], shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+def _normalised(
+    pixels: Tensor, shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Tensor:
     if mean is None or std is None:
-        centre, spread = pixels.mean(), pixels.std()
-    else:
-        centre, spread = _a_channel(mean, shape), _a_channel(std, shape)
-    return pixels.sub_(centre).div_(spread).float()
+        return pixels.sub_(pixels.mean()).div_(pixels.std()).float()
+    return pixels.sub_(_a_channel(mean, shape)).div_(_a_channel(std, shape)).float()
 
 
-def _one_over_f(count: int, channels: int, space: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    white = torch.randn((count, channels, *space), generator=generator, dtype=torch.float64)
+def _one_over_f(slopes: Tensor, channels: int, space: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise float64 [N, channels, *space] whose amplitude falls as 1/f to the power of ``slopes`` [N, 1, ...]."""
+    white = torch.randn((len(slopes), channels, *space), generator=generator, dtype=torch.float64)
     if not space:
         return white
     axes = tuple(range(2, 2 + len(space)))
-    spectrum = torch.fft.rfftn(white, dim=axes)
     squares = torch.zeros((), dtype=torch.float64)
     for axis, size in enumerate(space):
         last = axis == len(space) - 1
         steps = torch.fft.rfftfreq(size) if last else torch.fft.fftfreq(size)
         squares = squares + steps.double().square().reshape([-1 if i == axis else 1 for i in range(len(space))])
-    # The constant term gets the amplitude of the lowest frequency, so that brightness differs between images.
-    lowest = 1 / max(space)
-    amplitude = squares.sqrt().clamp_min(lowest).pow(-EXPONENT)
-    shaped: Tensor = torch.fft.irfftn(spectrum * amplitude, s=space, dim=axes)
-    return shaped.div_(amplitude.square().mean().sqrt())
+    # The constant term gets the amplitude of the lowest frequency.
+    amplitude = squares.sqrt().clamp_min(1 / max(space)).pow(-slopes)
+    power = amplitude.square().mean(axes, keepdim=True).sqrt()
+    shaped: Tensor = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) * amplitude, s=space, dim=axes)
+    return shaped.div_(power)
 
 
 def _a_channel(values: Sequence[float], shape: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..job.expand import ModelSource
 from ..job.schema import Evaluate, Preprocess
+from .noise import NOISE_VERSION
 
 NOISE_IMAGES = 64
 LARGE_NOISE_IMAGES = 32
@@ -51,7 +52,7 @@ class EvaluationSettings:
         if self.data is None:
             # Noise has the network's own size: of the preprocessing only mean and std touch it.
             touched = self.preprocess.model_dump(mode="json", include={"mean", "std"})
-            return found | touched | {"seed": self.seed, "count": self.noise_count}
+            return found | touched | {"seed": self.seed, "count": self.noise_count, "noise_version": NOISE_VERSION}
         return found | self.preprocess.model_dump(mode="json") | {"limit": self.limit}
 
 
