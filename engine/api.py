@@ -60,6 +60,7 @@ def compress(module: nn.Module, input_shape: Sequence[int], *, device: str = "cp
         compressed = dfmpc.compress(model, [1, 3, 224, 224], method="dfmpc", low=2, high=6)
         for layer in compressed.layers:
             print(layer.layer.name, layer.role, layer.quantized.format.bits, layer.sqnr_db)
+        model.load_state_dict(compressed.changed(), strict=False)
 
     """
     chosen = _plan(plan)

@@ -14,11 +14,10 @@ from dfmpc.artifact.loader import load
 from dfmpc.artifact.verify import verify
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
-from dfmpc.compress.rows import from_rows, scale_inputs
+from dfmpc.compress.result import Compressed
 from dfmpc.evaluate.noise import noise_images
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
-from dfmpc.kernels import dequantize
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
 from torch import nn
@@ -55,16 +54,10 @@ def _assert_loads_bit_for_bit(source: ModelSource, allow: list[str], folder: Pat
             assert torch.equal(loaded(image), torch.func.functional_call(model.module, expected, image))
 
 
-def _in_memory(model: LoadedModel, compressed) -> dict[str, torch.Tensor]:
+def _in_memory(model: LoadedModel, compressed: Compressed) -> dict[str, torch.Tensor]:
     """The state dict straight from the codes, without any file between."""
     state = {name: tensor.float() for name, tensor in model.state.items() if tensor.is_floating_point()}
-    for item in compressed.layers:
-        codes = item.quantized
-        rows = dequantize(codes.format, codes.codes, codes.scale, codes.zero_point)
-        if item.input_scale is not None:
-            rows = scale_inputs(rows, item.layer, item.input_scale)
-        state[item.layer.weight] = from_rows(rows, item.layer)
-    return state | compressed.tensors
+    return state | compressed.changed()
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "resnet56_paper", "resnet18", "mobilenetv2"])

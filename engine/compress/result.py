@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dfmpc.kernels.dequantize import dequantize
 from dfmpc.kernels.formats import Quantized
 from torch import Tensor
 
 from ..models.graph import Layer
+from .rows import from_rows, scale_inputs
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class QuantizedLayer:
         error = signal - 2 * dot + quantized
         return math.inf if error <= 1e-15 * signal else 10 * math.log10(signal / error)
 
+    def weight(self) -> Tensor:
+        """Return the dequantized weight in its stored shape, float32, unfolded coefficients included."""
+        codes = self.quantized
+        rows = dequantize(codes.format, codes.codes, codes.scale, codes.zero_point)
+        if self.input_scale is not None:
+            rows = scale_inputs(rows, self.layer, self.input_scale.to(rows.device))
+        return from_rows(rows, self.layer)
+
     @property
     def sparsity(self) -> float:
         """Fraction of the weights that became exactly zero."""
@@ -73,3 +83,10 @@ class Compressed:
     """Corrected tensors by state-dict name (BatchNorm statistics, weights and biases), float32."""
     kept: dict[str, str] = field(default_factory=dict)
     """Layers left unquantized, with the reason."""
+
+    def changed(self) -> dict[str, Tensor]:
+        """Return every tensor that compression changed, by state-dict name, float32, weights dequantized.
+
+        ``network.load_state_dict(compressed.changed(), strict=False)`` makes a float32 network the compressed one.
+        """
+        return {item.layer.weight: item.weight() for item in self.layers} | self.tensors

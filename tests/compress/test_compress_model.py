@@ -8,11 +8,10 @@ import pytest
 import torch
 from dfmpc.compress.compress import compress_model, describe_plan
 from dfmpc.compress.result import Compressed, QuantizedLayer
-from dfmpc.compress.rows import from_rows, scale_inputs, to_rows
+from dfmpc.compress.rows import to_rows
 from dfmpc.errors import NonFiniteError, UnsupportedModelError
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
 from dfmpc.job.schema import LayerRule
-from dfmpc.kernels import dequantize
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn
 
@@ -57,15 +56,8 @@ def by_name(compressed: Compressed) -> dict[str, QuantizedLayer]:
     return {item.layer.name: item for item in compressed.layers}
 
 
-def weights(compressed: Compressed, *, unfolded: bool = True) -> dict[str, Tensor]:
-    found = {}
-    for item in compressed.layers:
-        codes = item.quantized
-        rows = dequantize(codes.format, codes.codes, codes.scale, codes.zero_point)
-        if item.input_scale is not None and unfolded:
-            rows = scale_inputs(rows, item.layer, item.input_scale)
-        found[item.layer.weight] = from_rows(rows, item.layer)
-    return found
+def weights(compressed: Compressed) -> dict[str, Tensor]:
+    return {item.layer.weight: item.weight() for item in compressed.layers}
 
 
 def test_roles_bits_and_reasons(loaded: Loader) -> None:
@@ -91,7 +83,7 @@ def test_folding_equals_scaling_the_next_layer(loaded: Loader) -> None:
     c = folded.tensors["bn1.weight"].double() / model.state["bn1.weight"].double()
     torch.testing.assert_close(folded.tensors["bn1.bias"].double(), c * model.state["bn1.bias"].double())
     image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    state = {**model.state, **weights(folded), **folded.tensors}
+    state = {**model.state, **folded.changed()}
     scaled = {**model.state, **weights(folded)}
     scaled["high.weight"] = scaled["high.weight"] * c.float().view(1, -1, 1, 1)
     outputs = [torch.func.functional_call(model.module, tensors, image) for tensors in (state, scaled)]
