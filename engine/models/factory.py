@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import FactoryError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_MODULES = ("torchvision.models", "timm", "efficientnet_lite_pytorch")
 ENVIRONMENT = "DFMPC_ALLOW_CODE"
@@ -74,8 +75,12 @@ class AllowList:
                 f"add its module or folder with --allow-code or {ENVIRONMENT}"
             )
         function = self._resolve(factory)
+        from torch import nn  # noqa: PLC0415 - job files are checked against the list without torch
+
+        from .uninitialised import Uninitialised  # noqa: PLC0415 - the same
+
         try:
-            with _NoInitialisation():
+            with Uninitialised():
                 module = function(*source.args, **source.kwargs)
         except Exception as error:  # a factory is foreign code and may raise anything
             raise FactoryError(f"factory {factory!r} failed: {_said(error)}; check its args and kwargs") from error
@@ -120,17 +125,19 @@ class AllowList:
             ) from error
         if not callable(found):
             raise FactoryError(f"factory {factory!r} is not callable; expected 'module:callable'")
+        self._check_home(factory, found)
         return found
 
-
-class _NoInitialisation(TorchFunctionMode):
-    """Skips torch.nn.init: every parameter comes from the checkpoint, and random numbers take seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+    def _check_home(self, factory: str, function: Any) -> None:
+        """Refuse what an allowed module has merely imported: ``timm.layers:os.system`` is no factory of timm's."""
+        while isinstance(function, partial):
+            function = function.func
+        home = getattr(function, "__module__", None) or "an unknown module"
+        if not self.allows(f"{home}:"):
+            raise FactoryError(
+                f"factory {factory!r} is defined in {home}, which is not on the allow-list "
+                f"({', '.join(self._entries())}); add it with --allow-code or {ENVIRONMENT} if you trust it"
+            )
 
 
 def _said(error: Exception) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from dfmpc.job.expand import ModelSource
 from dfmpc.models.factory import AllowList
 
 CODE = """
+import os
 import torch
+from functools import partial
 from pathlib import Path
 
 Path(__file__).with_suffix(".ran").touch()
@@ -33,6 +36,8 @@ def number():
 
 
 constant = 3
+two_out = partial(Nets.linear, outputs=2)
+borrowed = partial(os.mkdir, mode=0o700)
 """
 
 
@@ -87,6 +92,40 @@ def test_arguments_reach_the_factory(folder: Path, make_source: Callable[..., Mo
     module = AllowList.default([str(folder)]).build(source)
     assert isinstance(module, torch.nn.Linear)
     assert module.weight.shape == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "home"),
+    [
+        ("mynets_test:os.mkdir", "posix"),
+        ("mynets_test:borrowed", "posix"),
+        ("mynets_test:torch.hub.load", "torch.hub"),
+        ("torchvision.models:resnet.torch.load", "torch.serialization"),
+    ],
+)
+def test_what_an_allowed_module_only_imports_does_not_run(
+    folder: Path, make_source: Callable[..., ModelSource], factory: str, home: str
+) -> None:
+    if factory.startswith("torchvision"):
+        pytest.importorskip("torchvision", exc_type=ImportError)
+    made = folder / "made"
+    source = make_source(factory=factory, args=[str(made)])
+    with pytest.raises(FactoryError, match=rf"is defined in {home}, which is not on the allow-list .*--allow-code"):
+        AllowList.default([str(folder)]).build(source)
+    assert not made.exists()
+
+
+def test_a_partial_of_an_allowed_function_runs(folder: Path, make_source: Callable[..., ModelSource]) -> None:
+    module = AllowList.default([str(folder)]).build(make_source(factory="mynets_test:two_out", args=[3]))
+    assert module.weight.shape == (2, 3)
+
+
+def test_the_allow_list_needs_no_torch() -> None:
+    code = "import sys; from dfmpc import cli; cli._load; import dfmpc.models.factory, dfmpc.run.scheduler"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
