@@ -90,6 +90,8 @@ class Dispatcher:
     def _await(self, wake: int) -> None:
         """Wait for a message, a dead worker, a signal, a deadline or the next line of progress."""
         lines = {slot.worker.connection: slot for slot in self._slots if slot.busy and slot.worker}
+        if not lines:  # no worker could be started, so nobody would ever answer
+            return
         sources: list[Connection | int] = [*lines, wake]
         for ready in wait(sources, self._wait_s()):
             if isinstance(ready, Connection):

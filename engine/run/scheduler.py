@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..errors import HostMemoryError, InterruptedRunError, UsageError
+from ..artifact.attempts import sweep
+from ..errors import HostMemoryError, InterruptedRunError, StorageError, UsageError
 from ..job.expand import Task, expand
 from ..job.loader import LoadedJob
 from ..report.parts import read_models
@@ -67,7 +68,6 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     store.prepare()
     frozen = freeze(loaded, tasks)
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
-    sweep_leftovers(store)
     with Interrupts() as interrupts:
         dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
     return _summary(joined, frozen, dispatcher, interrupts, options)
@@ -87,12 +87,12 @@ def _devices_of(loaded: LoadedJob) -> str | list[str]:
     return loaded.job.resources.devices
 
 
-def sweep_leftovers(store: Store) -> None:
-    """Remove attempts of dead processes, where there is any."""
-    if any(store.attempts.iterdir()):
-        from ..artifact.commit import sweep  # noqa: PLC0415 - it needs torch, which the scheduler does without
-
+def sweep_leftovers(store: Store, progress: Progress) -> None:
+    """Remove attempts of dead processes; what cannot be removed (another user's) is said and blocks nothing."""
+    try:
         sweep(store.root)
+    except StorageError as error:
+        progress.note(f"warning: leftovers stay: {error}")
 
 
 def _carry_out(
@@ -118,13 +118,14 @@ def _carry_out(
     progress = Progress(sizes, shown=options.progress)
     dispatcher = Dispatcher(joined.run, make_slots(devices, settings), ledger, progress, resources.task_timeout)
     try:
+        sweep_leftovers(joined.run.store, progress)
         dispatcher.record(Event(Kind.RUN_STARTED))
         groups = _refuse_large(dispatcher, grouped(joined.open_tasks, sizes), sizes, resources.host_memory)
         dispatcher.work(groups, interrupts)
         if interrupts.received is None:
             dispatcher.record(Event(Kind.RUN_FINISHED))
         else:
-            sweep_leftovers(joined.run.store)
+            sweep_leftovers(joined.run.store, progress)
             progress.note(_interrupted_text(joined, dispatcher, interrupts))
     finally:
         progress.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+from dfmpc.errors import StorageError
 from dfmpc.job.loader import load_job
 from dfmpc.run.ledger import Kind, fold, read_events
 from dfmpc.run.scheduler import RunOptions, run_job
@@ -59,3 +62,31 @@ def test_a_model_beyond_the_memory_limit_is_not_started(bench: Any) -> None:
         summary.rows[0].error
     )
     assert {state.attempts for state in fold(RunFolder(summary.run)).values()} == {0}
+
+
+def test_where_no_worker_can_be_started_every_task_fails_and_the_run_ends(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_process(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("dfmpc.run.slots.WorkerProcess", no_process)
+    summary = run_job(load_job(bench.job([bench.model("a"), bench.model("b")], PLANS)), RunOptions(progress=False))
+    assert summary.exit_code == 3
+    assert {row.task: row.error_class for row in summary.rows} == dict.fromkeys(
+        ("a/r4", "a/r8", "b/r4", "b/r8"), "WorkerDiedError"
+    )
+    assert "no worker could be started on cpu" in str(summary.rows[0].error)
+    assert read_status(summary.run).finished
+
+
+def test_leftovers_that_cannot_be_removed_are_told_and_block_nothing(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(store: Path) -> None:
+        raise StorageError(f"{store}: permission denied")
+
+    monkeypatch.setattr("dfmpc.run.scheduler.sweep", refused)
+    summary = run_job(load_job(bench.job([bench.model("a")], PLANS[:1])), RunOptions(progress=False, devices="cpu"))
+    assert (summary.exit_code, summary.rows[0].status) == (0, "done")
+    assert f"warning: leftovers stay: {bench.store}: permission denied" in capsys.readouterr().err
