@@ -51,17 +51,18 @@ def image_state(channels: int) -> State:
     return State.settled(gaussian.Moments(zeros, torch.ones_like(zeros)))
 
 
-def _activation(node: Node, state: State) -> State:
-    lower: float | None = 0.0
-    upper: float | None = None
+def _activate(node: Node, moments: gaussian.Moments) -> gaussian.Moments:
     if node.op is Op.RELU:
-        after = gaussian.relu(state.moments)
-    elif node.op is Op.RELU6:
-        after, upper = gaussian.relu6(state.moments), 6.0
-    else:
-        after, lower = gaussian.leaky_relu(state.moments, node.slope), None
-    gain = torch.where(state.variance > 0, after.variance / state.variance.clamp_min(1e-300), 1.0)
-    return State(after.mean, after.variance, state.shift, state.quantized_variance * gain, lower, upper)
+        return gaussian.relu(moments)
+    return gaussian.relu6(moments) if node.op is Op.RELU6 else gaussian.leaky_relu(moments, node.slope)
+
+
+def _activation(node: Node, state: State) -> State:
+    after = _activate(node, state.moments)
+    quantized = _activate(node, gaussian.Moments(state.mean + state.shift, state.quantized_variance))
+    lower = None if node.op is Op.LEAKY_RELU else 0.0
+    upper = 6.0 if node.op is Op.RELU6 else None
+    return State(after.mean, after.variance, quantized.mean - after.mean, quantized.variance, lower, upper)
 
 
 def _add(states: Sequence[State]) -> State:

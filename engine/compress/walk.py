@@ -78,6 +78,7 @@ class Walk:
         self.factors: dict[str, Tensor] = {}
         self.result = WalkResult()
         self.restated: set[str] = set()
+        self.heard = heard_by_norms(graph)
 
     def run(self) -> WalkResult:
         """Visit every node once, in execution order."""
@@ -86,17 +87,19 @@ class Walk:
             if node.layer is not None:
                 self.states[node.name] = self._layer(node, node.layer, inputs[0])
             elif node.norm is not None:
-                self.states[node.name] = self._norm(node, node.norm, inputs[0])
+                known = len(inputs[0].mean) == node.norm.channels
+                self.states[node.name] = self._norm(
+                    node, node.norm, inputs[0] if known else image_state(node.norm.channels)
+                )
             else:
                 self.states[node.name] = propagate(node, inputs, self.calibrator.rho)
         return self.result
 
     def _layer(self, node: Node, layer: Layer, state: State) -> State:
-        found = readers(self.graph, node)
-        if not found or len(state.mean) != layer.in_channels:
+        if node.name not in self.heard or len(state.mean) != layer.in_channels:
             return image_state(layer.out_channels)
         figures = self.figures[layer.name]
-        observed = next((self._observed(layer, reader) for reader in found if reader.direct), None)
+        observed = next((self._observed(layer, reader) for reader in direct_readers(self.graph, node)), None)
         view = LayerView(
             layer, layer.name in self.lows, figures.bias, observed, _norm_ratio(figures), lambda: self._taps(figures)
         )
@@ -168,33 +171,37 @@ class Walk:
             stored[part] = stored[part] * c
 
 
+def heard_by_norms(graph: Graph) -> set[str]:
+    """Return the nodes from which a norm can be reached; what no norm hears of needs no moments."""
+    heard: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.norm is not None or node.name in heard:
+            heard.update(node.inputs)
+    return heard
+
+
 @dataclass(frozen=True)
 class Reader:
-    """A norm that hears of a layer, where the layer's channels begin, and whether only concatenations are between."""
+    """A norm that states a layer's output, and where the layer's channels begin in it."""
 
     norm: Norm
     offset: int
-    direct: bool
 
 
-def readers(graph: Graph, node: Node) -> list[Reader]:
-    """Return the norms behind a weight layer, up to the next weight layer."""
+def direct_readers(graph: Graph, node: Node) -> list[Reader]:
+    """Return the norms behind a weight layer with nothing but concatenations between."""
     found: list[Reader] = []
-    pending = [(node, 0, True)]
+    pending = [(node, 0)]
     while pending:
-        current, offset, direct = pending.pop(0)
+        current, offset = pending.pop(0)
         for user in graph.users[current.name]:
             if user.norm is not None:
-                found.append(Reader(user.norm, offset, direct))
+                found.append(Reader(user.norm, offset))
             elif user.op is Op.CAT:
-                pending.append((user, offset + _cat_offset(graph, user, current), direct))
-            elif user.op in _CARRIES:
-                pending.append((user, offset, direct and user.op is Op.IDENTITY))
+                pending.append((user, offset + _cat_offset(graph, user, current)))
+            elif user.op is Op.IDENTITY:
+                pending.append((user, offset))
     return found
-
-
-_CARRIES = (Op.IDENTITY, Op.AVG_POOL, Op.MAX_POOL, Op.ADD, Op.RELU, Op.RELU6, Op.LEAKY_RELU)
-"""Operations that keep channels in place, so that a norm behind them still hears of the layer."""
 
 
 def _cat_offset(graph: Graph, cat: Node, part: Node) -> int:
