@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, UnsafeCheckpointError
+from .pickles import refusal
 from .shards import check_against_index, index_shards
 
 PACKAGE = "package://"
 _PICKLES = (".pt", ".pth", ".th", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_READER_ERRORS = (RuntimeError, AssertionError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError)
+"""What torch.load raises for a file that is damaged."""
 _DAMAGED = "truncated or corrupt; copy or download it again"
 
 
@@ -96,9 +99,9 @@ def _read_pickle(path: Path) -> object:
         if "weights_only" not in str(error).lower():
             raise CheckpointError(f"{path}: {_DAMAGED} ({_first_line(error)})") from error
         raise UnsafeCheckpointError(
-            f"{path}: loading it would run code: {_first_line(error)}; convert it to safetensors where you trust it"
+            f"{path}: loading it would run code: {refusal(error)}; convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+    except _READER_ERRORS as error:
         raise CheckpointError(f"{path}: {_DAMAGED} ({_first_line(error)})") from error
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.export.pt2_archive._package import PT2ArchiveReader
 
 from ..errors import CheckpointError, UnsafeCheckpointError, UnsupportedModelError
+from .pickles import refusal
 
 READER_ERRORS = (RuntimeError, ValueError, AssertionError, KeyError, IndexError, TypeError, AttributeError, OSError)
 """What the reader raises for an archive that is damaged or made up."""
@@ -39,8 +40,9 @@ _QUALIFIED = re.compile(r"[\w.\-]+")
 _EXPRESSION = re.compile(
     r"(?:Symbol\('\w+'(?:, (?:positive|nonnegative|integer|real)=(?:True|False))*\)"
     r"|(?:Integer|Rational|Add|Mul|Pow|Mod|Max|Min|FloorDiv|PythonMod|CeilDiv|CleanDiv|Identity)(?=\()"
-    r"|[su]\d+|\d+|[\s+\-*/(),])*"
+    r"|[su]\d++|\d++|[\s+\-*/(),])*+"
 )
+"""Possessive, or a long row of digits before a wrong character would take exponential time."""
 
 _REMEDY = "export the plain network again with torch.export.save"
 
@@ -105,9 +107,9 @@ def _check_pickle(path: Path, name: str, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        said = (str(error).strip().splitlines() or [""])[0]
         raise UnsafeCheckpointError(
-            f"{path}: {name} needs more than weights_only=True, so loading it would run code ({said}); {_REMEDY}"
+            f"{path}: {name} needs more than weights_only=True, so loading it would run code ({refusal(error)}); "
+            f"{_REMEDY}"
         ) from error
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,37 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, zip
     mark = tmp_path / "mark"
     file = tmp_path / "evil.pth"
     torch.save({"a": Evil(mark)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UnsafeCheckpointError, match=r"evil\.pth: loading it would run code.*convert it to safetensors"):
+    with pytest.raises(UnsafeCheckpointError) as caught:
         read_checkpoint([file])
+    home = os.mkdir.__module__
+    assert str(caught.value) == (
+        f"{file}: loading it would run code: Trying to load unsupported GLOBAL {home}.mkdir whose module {home} is "
+        "blocked; convert it to safetensors where you trust it"
+    )
     assert not mark.exists()
     torch.load(file, weights_only=False)
     assert mark.is_dir()
+
+
+def test_a_pickled_module_is_refused_by_its_class_without_advice_to_load_it_all_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "whole.pth"
+    torch.save({"net": torch.nn.Linear(2, 2)}, file)
+    with pytest.raises(UnsafeCheckpointError) as caught:
+        read_checkpoint([file])
+    said = str(caught.value)
+    assert "would run code: Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed" in said
+    for advice in ("weights_only", "add_safe_globals", "succeed", "\x1b", "\n"):
+        assert advice not in said
+
+
+def test_a_legacy_pickle_whose_storages_are_gone_is_corrupt(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    torch.save({"w": torch.randn(3)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    key = re.findall(rb"[0-9]{9,}", content)[-1]
+    file.write_bytes(key.join(content.split(key)[:-1]) + key[::-1] + content.split(key)[-1])
+    with pytest.raises(CheckpointError, match=r"net\.pt: truncated or corrupt"):
+        read_checkpoint([file])
 
 
 def test_shards_come_in_the_order_of_the_index(tmp_path: Path) -> None:

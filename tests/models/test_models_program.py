@@ -14,6 +14,7 @@ from dfmpc.job.expand import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model, rebuild_module, save_placeholder_program
 from dfmpc.models.program import load_program
+from dfmpc.models.program_check import _EXPRESSION
 from torch import nn
 from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 
@@ -303,3 +304,8 @@ def test_a_dynamic_batch_is_fine_and_runs_at_any_size(
     images = torch.randn(5, 3, 8, 8)
     assert model.input_shape == (1, 3, 8, 8)
     assert torch.allclose(model.module(images), net(images), atol=1e-6)
+
+
+def test_a_long_expression_is_refused_without_trying_every_way_to_read_it() -> None:
+    assert _EXPRESSION.fullmatch("Add(Mul(s0, 12), Max(Symbol('s1', positive=True), 34))")
+    assert not _EXPRESSION.fullmatch("1" * 10_000 + "!")
