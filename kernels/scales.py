@@ -31,7 +31,8 @@ def _symmetric_scales(absmax: Tensor, format: CodeFormat) -> Scales:
     wide, none = absmax.double(), torch.zeros_like(absmax)
     if format.grid is Grid.DOREFA:
         levels = 2**format.bits - 1
-        inverse = torch.where(wide > 0, levels / (2.0 * wide), 0.0)
+        # a number over a tensor would be its reciprocal times the number, which rounds twice
+        inverse = torch.where(wide > 0, torch.full_like(wide, levels).div_(2.0 * wide), 0.0)
         return Scales(absmax, none, inverse, torch.full_like(wide, levels / 2), none)
     scale = (wide / (2 ** (format.bits - 1) - 1)).float()
     inverse = torch.where(scale > 0, 1.0 / scale.double(), 0.0)

@@ -124,7 +124,8 @@ def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False)
     if layer_wise:
         statistics = row_statistics_triton(weight, length)
         require_finite(statistics.absmax)
-        threshold = _layer_threshold(statistics.abs_sum, weight.numel())
+        # on the CPU: a GPU divides by a number as a product with its reciprocal
+        threshold = _layer_threshold(statistics.abs_sum.cpu(), weight.numel()).to(weight.device)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
     sums = SegmentSums.empty(rows, format.groups, weight.device)
     shape = launch_shape(rows, format.group_size)

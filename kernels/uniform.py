@@ -204,8 +204,9 @@ def uniform_triton(weight: Tensor, bits: int, grid: Grid, *, group_size: int, la
     factors = torch.empty((2, rows, format.groups), device=weight.device)
     if layer_wise:
         extremes = _layer_extremes(row_statistics_triton(weight, length))
-        shared = scales_of(extremes, format)
-        factors = torch.stack([shared.scale, shared.zero_point])[:, None]
+        # on the CPU: a GPU divides by a number as a product with its reciprocal
+        shared = scales_of(extremes.cpu(), format)
+        factors = torch.stack([shared.scale, shared.zero_point])[:, None].to(weight.device)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
     sums = SegmentSums.empty(rows, format.groups, weight.device)
     shape = launch_shape(rows, format.group_size)

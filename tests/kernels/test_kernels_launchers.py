@@ -82,6 +82,15 @@ def test_uniform_launcher_equals_its_reference_at_every_width(grid: Grid, bits: 
     assert_same(found, uniform_reference(weight, bits, grid, group_size=43))
 
 
+def test_dorefa_ties_of_whole_numbers_are_settled_alike(device: str) -> None:
+    # -2m beside a largest magnitude of 3m is half-way between two codes of two bits, as far as 3 / 6m is exact: it must
+    # be rounded once, as the kernel does it.
+    m = torch.arange(1.0, 257.0)[:, None]
+    weight = torch.cat([-2 * m, 3 * m, 2 * m], dim=1)
+    found = uniform_triton(weight.to(device), 2, Grid.DOREFA, group_size=3)
+    assert_same(found, uniform_reference(weight, 2, Grid.DOREFA, group_size=3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 def test_launchers_equal_references_in_every_type(dtype: torch.dtype, device: str) -> None:
     check_everything(random_rows(3, 33, dtype), device, 16, (4,), UNIFORM)
