@@ -20,7 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from dfmpc.artifact.verify import find_artifacts, verify
+from dfmpc.evaluate.scores import evaluate_artifact
+from dfmpc.evaluate.settings import settings_for
+from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.models.factory import AllowList
+from dfmpc.models.load import load_model
 from dfmpc.report.parts import read_layers, read_models
 from dfmpc.report.rows import ModelRow
 from dfmpc.run.scheduler import RunOptions, RunSummary, run_job
@@ -57,6 +62,7 @@ def _good_models(bench: Any) -> list[dict[str, object]]:
     wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in bench.state(seed=1).items()}}
     torch.save(wrapped, bench.folder / "wrapped.pth")
     halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in bench.state().items()}
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in bench.state().items()}
     silent = bench.state(seed=2)
     silent["3.weight"][1] = 0
     program = torch.export.export(_network(bench, seed=3), (torch.zeros(1, 3, 16, 16),))
@@ -66,9 +72,22 @@ def _good_models(bench: Any) -> list[dict[str, object]]:
         bench.model("plain"),
         bench.model("wrapped", checkpoint="wrapped.pth"),
         bench.model("half", checkpoint=bench.checkpoint("half", halved)),
+        bench.model("double", checkpoint=bench.checkpoint("double", double)),
+        bench.model("sharded", checkpoint=_sharded(bench)),
         bench.model("zero-channel", checkpoint=bench.checkpoint("zero-channel", silent)),
         {"glob": "registry/**/*.pt2"},
     ]
+
+
+def _sharded(bench: Any) -> str:
+    """Write a checkpoint in two shards and return the name of its index."""
+    state = bench.state(seed=4)
+    shards = {"one": list(state)[:5], "two": list(state)[5:]}
+    for shard, names in shards.items():
+        bench.checkpoint(shard, {name: state[name] for name in names})
+    weight_map = {name: f"{shard}.safetensors" for shard, names in shards.items() for name in names}
+    (bench.folder / "net.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return "net.safetensors.index.json"
 
 
 def _images(folder: Path) -> str:
@@ -90,11 +109,12 @@ def test_a_job_leaves_artifacts_and_rows_a_second_one_reuses_all_and_a_third_onl
     assert [row.error for row in first.rows if row.error] == []
     assert first.exit_code == 0
     assert {row.status for row in first.rows} == {"done"}
-    assert len(first.rows) == 10
+    assert len(first.rows) == 14
     assert read_models(first.run) == sorted(first.rows, key=lambda row: row.task)
     artifacts = find_artifacts(bench.store)
-    assert [verify(folder).findings for folder in artifacts] == [[]] * 10
+    assert [verify(folder).findings for folder in artifacts] == [[]] * 14
     _check_figures(bench, first)
+    _check_what_loads_is_what_was_evaluated(bench, first)
     _check_two_workers_write_the_same_bytes(bench, first)
 
     written = {file: file.stat().st_mtime_ns for file in bench.store.glob("artifacts/**/*")}
@@ -137,6 +157,23 @@ def _check_figures(bench: Any, summary: RunSummary) -> None:
     direct = _network(bench)
     direct.load_state_dict(state)
     assert torch.equal(loaded(image), direct(image))
+
+
+def _check_what_loads_is_what_was_evaluated(bench: Any, summary: RunSummary) -> None:
+    """Evaluate every loaded artifact again, in this process: the figures of the report must come out to the bit."""
+    tasks = {task.id: task for task in expand(load_job(bench.folder / "job.yaml"))}
+    for row in summary.rows:
+        folder, model = bench.store / str(row.artifact), tasks[row.task].model
+        original = load_model(model, AllowList.default()).module
+        scores = evaluate_artifact(
+            artifact=lambda folder=folder: dfmpc.load(folder),
+            original=lambda original=original: original,
+            settings=settings_for(None, model, (1, 3, 16, 16)),
+            store=bench.folder / "again",
+            artifact_key=str(row.key),
+            model_key=row.model,
+        )
+        assert (row.task, row.agreement, row.logit_sqnr_db) == (row.task, scores.agreement, scores.logit_sqnr_db)
 
 
 def _check_two_workers_write_the_same_bytes(bench: Any, first: RunSummary) -> None:

@@ -17,8 +17,8 @@ from .taps import Taps
 
 
 def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quantized:
-    """Return the codes of ``weight`` (stored shape, float32, float16 or bfloat16) under ``assignment``."""
-    rows = to_rows(weight.to(device), assignment.layer)
+    """Return the codes of ``weight`` (stored shape, any floating type) under ``assignment``."""
+    rows = _rows(weight, assignment.layer, device)
     if assignment.grid is Grid.TERNARY:
         return ternary(rows, group_size=assignment.group_size, layer_wise=assignment.layer_wise)
     return uniform(
@@ -28,7 +28,13 @@ def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quant
 
 def original_taps(weight: Tensor, layer: Layer, device: str) -> Taps:
     """Return the tap sums of the original weight, on the CPU."""
-    return _taps(to_rows(weight.to(device), layer), layer)
+    return _taps(_rows(weight, layer, device), layer)
+
+
+def _rows(weight: Tensor, layer: Layer, device: str) -> Tensor:
+    # the network computes in float32, so double precision ends here
+    dtype = torch.float32 if weight.dtype is torch.float64 else weight.dtype
+    return to_rows(weight.to(device, dtype), layer)
 
 
 def quantized_taps(quantized: Quantized, layer: Layer) -> Taps:

@@ -98,6 +98,11 @@ class Norm:
     eps: float
     channels: int
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of its tensors in the state dict."""
+        return tuple(name for name in (self.weight, self.bias, self.running_mean, self.running_var) if name)
+
 
 @dataclass(frozen=True)
 class Node:

@@ -22,6 +22,7 @@ from .program import load_program, save_placeholder_program
 __all__ = ["LoadedModel", "input_files", "load_model", "rebuild_module", "save_placeholder_program"]
 
 _SHOWN = 8
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _put(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[st
     own = module.state_dict()
     first = canonical_names(own)
     state = _with_tied(state, first)
-    _check_names(own, state, origin)
+    _check_fit(own, state, origin)
     _check_finite(state, origin)
     if isinstance(module, torch.fx.GraphModule):
         # Placeholder weights are one number expanded, so they are replaced, not written to.
@@ -156,7 +157,7 @@ def _with_tied(state: Mapping[str, Tensor], first: Mapping[str, str]) -> dict[st
     return filled
 
 
-def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:
     # Old checkpoints do not have the counter, and a network in eval mode never reads it.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
@@ -165,7 +166,12 @@ def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin:
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shaped}
+    typed = [
+        f"{name} ({str(state[name].dtype).removeprefix('torch.')}, expected a floating type of 16 bits or more)"
+        for name, tensor in own.items()
+        if name in state and tensor.is_floating_point() and state[name].dtype not in _FLOATS
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shaped, "of another type": typed}
     parts = [f"{len(names)} {what}: {_listed(names)}" for what, names in found.items() if names]
     if parts:
         raise MismatchError(

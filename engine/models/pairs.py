@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from .graph import Graph, Layer, Node, Op, Pair, Pairing
@@ -98,6 +99,7 @@ class _Finder:
             if node.layer is not None:
                 self.nodes.setdefault(node.layer.name, []).append(node)
         self.stems, self.classifiers = reads_input(graph), reaches_output(graph)
+        self.norm_tensors = Counter(name for node in graph.nodes if node.norm for name in node.norm.tensors)
 
     def candidate(self, layer: Layer) -> Candidate:
         self._check_role(layer)
@@ -133,6 +135,8 @@ class _Finder:
                 raise _Ineligible(_READER_WORDS.get(end.node.op, f"output read by {end.node.name} besides its norm"))
             if end.node.norm.channels != end.channels or (layer.op is Op.LINEAR and len(node.shape) != 2):
                 raise _Ineligible(f"BatchNorm {end.node.norm.name} is over another axis than its channels")
+            if shared := [name for name in end.node.norm.tensors if self.norm_tensors[name] > 1]:
+                raise _Ineligible(f"{shared[0]} of its BatchNorm is used {self.norm_tensors[shared[0]]} times")
         behind = len(ends) == 1 and ends[0].raw
         if not behind and layer.taps == 1:
             raise _Ineligible("pointwise, and its norms are behind a concatenation or a pool")

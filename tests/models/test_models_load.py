@@ -116,6 +116,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
     assert "1 of another shape: 5.weight ([3, 65], expected [3, 64])" in said
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+def test_weights_of_a_type_that_cannot_be_computed_with_are_named(
+    load: Callable[..., LoadedModel], state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    state["0.weight"] = state["0.weight"].to(dtype)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(MismatchError, match=rf"1 of another type: 0\.weight \({kind}, expected a floating type of 16"):
+        load(state)
+
+
 def test_only_eight_names_are_listed(load: Callable[..., LoadedModel], state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(MismatchError, match=r"12 unexpected: xa, .*xh, … \(4 more\)"):
         load({**state, **{f"x{letter}": torch.ones(1) for letter in "abcdefghijkl"}})

@@ -47,6 +47,17 @@ def test_a_shared_weight_is_refused_by_name() -> None:
     assert pairing.reasons["low"] == f"partner twice: {used}"
 
 
+def test_a_shared_norm_takes_no_coefficients() -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = F.relu(net.norm(net.low(net.stem(x))))
+        return net.head(F.relu(net.norm(net.middle(x))))
+
+    norm = nn.BatchNorm2d(4)
+    pairing = paired(forward, stem=conv(3, 4), low=conv(4, 4), middle=conv(4, 4), norm=norm, head=conv(4, 2))
+    assert pairing.pairs == ()
+    assert pairing.reasons["low"] == pairing.reasons["middle"] == "norm.weight of its BatchNorm is used 2 times"
+
+
 def test_a_shared_low_weight_is_refused_by_name() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = net.stem(x)
