@@ -17,7 +17,7 @@ from ..artifact.manifest import Manifest, is_complete, read_manifest
 from ..artifact.writer import write_artifact
 from ..compress.compress import compress_model
 from ..compress.result import Compressed
-from ..errors import DfmpcError, StorageError
+from ..errors import DeviceError, DfmpcError, StorageError
 from ..evaluate.gates import check_gates
 from ..evaluate.scores import evaluate_artifact
 from ..evaluate.settings import settings_for
@@ -116,6 +116,7 @@ class _Attempt:
 
     def _guarded(self) -> tuple[ModelRow, list[LayerRow]]:
         reset_peak()
+        _reset_device_peak(self._device)
         try:
             return self._do()
         except DfmpcError as error:
@@ -124,7 +125,7 @@ class _Attempt:
         except Exception as error:  # noqa: BLE001 - a bug in one task, or foreign code's error, must not stop a night's run
             log_traceback(error)
             self.poisoned = _sticks(error)
-            return self._failed(error), []
+            return self._failed(_device_failure(self._device, error) if self.poisoned else error), []
 
     def _do(self) -> tuple[ModelRow, list[LayerRow]]:
         key = self.shared.key(self.task)
@@ -217,7 +218,17 @@ class _Attempt:
 
 def _sticks(error: Exception) -> bool:
     """Tell whether a device error has made this process useless for the device."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("CUDA error", "Triton Error"))
+
+
+def _device_failure(device: str, error: Exception) -> DeviceError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DeviceError(f"{device} failed in mid-task: {said}; run again with --retry-failed, or on other --devices")
+
+
+def _reset_device_peak(device: str) -> None:
+    if device.startswith("cuda") and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_device_bytes(device: str) -> int | None:
