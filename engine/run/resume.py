@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import UsageError
 from ..job.expand import Task
 from ..report.parts import read_models
 from ..report.rows import ModelRow
@@ -28,11 +29,18 @@ def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = 
     Failed tasks of a joined run are open only then.
     """
     for run in same_list(store, frozen)[:1]:
-        states = fold(run)
-        open_tasks = tuple(_open_tasks(run, frozen, states, retry_failed))
+        open_tasks = _left_over(run, frozen, retry_failed)
         if open_tasks:
             return JoinedRun(run, open_tasks, resumed=True)
     return JoinedRun(create_run(store, frozen), tuple(frozen.tasks), resumed=False)
+
+
+def _left_over(run: RunFolder, frozen: FrozenRun, retry_failed: bool) -> tuple[Task, ...]:
+    """Return what ``run`` has left to do: nothing where its report is torn or of another version."""
+    try:
+        return tuple(_open_tasks(run, frozen, fold(run), retry_failed))
+    except UsageError:
+        return ()
 
 
 def _open_tasks(run: RunFolder, frozen: FrozenRun, states: Mapping[str, TaskState], retry_failed: bool) -> list[Task]:

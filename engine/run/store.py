@@ -176,10 +176,17 @@ def create_run(store: Store, frozen: FrozenRun) -> RunFolder:
 
 
 def same_list(store: Store, frozen: FrozenRun) -> list[RunFolder]:
-    """Return the runs of the same frozen list, newest first."""
+    """Return the runs of the same frozen list, newest first; one that cannot be read is none."""
     suffix = f"-{frozen.digest[:8]}"
-    named = [run for run in reversed(store.run_folders()) if run.run_id.endswith(suffix) and run.tasks_file.is_file()]
-    return [run for run in named if run.frozen().digest == frozen.digest]
+    named = [run for run in reversed(store.run_folders()) if run.run_id.endswith(suffix)]
+    return [run for run in named if _digest_of(run) == frozen.digest]
+
+
+def _digest_of(run: RunFolder) -> str | None:
+    try:
+        return run.frozen().digest
+    except UsageError:
+        return None
 
 
 def find_run(path: Path) -> RunFolder:

@@ -10,6 +10,7 @@ import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import LoadedJob, load_job
+from dfmpc.run.resume import create_or_join_run
 from dfmpc.run.store import RunFolder, Store, create_run, find_run, freeze, same_list
 
 KEY = "0123456789abcdef" * 4
@@ -109,3 +110,22 @@ def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"output .*file/store cannot be written .*--output"):
         Store(tmp_path / "file" / "store").prepare()
     assert UsageError.exit_code == 2
+
+
+def test_an_unfinished_run_is_joined_and_one_that_cannot_be_read_blocks_nothing(tmp_path: Path) -> None:
+    old = _new_run(tmp_path)
+    loaded = _job(tmp_path)
+    frozen = freeze(loaded, expand(loaded))
+    joined = create_or_join_run(old.store, frozen)
+    assert (joined.run, joined.resumed, len(joined.open_tasks)) == (old, True, 2)
+
+    torn = old.report / "models" / "0123456789abcdef-aaaaaaaaaaaa.parquet"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"PAR1 torn")
+    fresh = create_or_join_run(old.store, frozen)
+    assert (fresh.run == old, fresh.resumed, len(fresh.open_tasks)) == (False, False, 2)
+
+    fresh.run.tasks_file.write_text("{torn")
+    torn.unlink()
+    again = create_or_join_run(old.store, frozen)
+    assert (again.run, again.resumed) == (old, True)
