@@ -151,6 +151,8 @@ def _check_figures(bench: Any, summary: RunSummary) -> None:
         "11": ("unpaired", 6),
     }
     assert layers["3"].c_mean is not None
+    assert layers["3"].clipped_fraction is not None
+    assert layers["3"].clipped_fraction > 0
     loaded = dfmpc.load(folder)
     state = dfmpc.load_state_dict(folder)
     image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -96,6 +96,7 @@ def _layer_entry(layer: QuantizedLayer, original: Tensor) -> LayerEntry:
         input_scale=layer.input_scale is not None,
         sqnr_db=_figure(layer.sqnr_db),
         sparsity=round(layer.sparsity, _DECIMALS),
+        clipped_fraction=round(layer.clipped_fraction, _DECIMALS),
         coefficients=_coefficients(layer.coefficients),
         norm_shift=None if layer.norm_shift is None else _figure(layer.norm_shift),
     )

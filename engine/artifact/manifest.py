@@ -78,6 +78,7 @@ class LayerEntry(Strict):
     input_scale: bool = Field(description="Whether there is a factor an input channel.")
     sqnr_db: Number | None = Field(description="Signal over error of the weights, dB; null where nothing was lost.")
     sparsity: Number = Field(description="Fraction of the weights that are exactly zero.")
+    clipped_fraction: Number = Field(description="Fraction of the weights beyond the grid's ends.")
     coefficients: CoefficientEntry | None = None
     norm_shift: Number | None = None
 

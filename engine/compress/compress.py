@@ -12,7 +12,7 @@ from dfmpc.kernels.formats import Quantized
 from torch import Tensor
 
 from ..errors import NonFiniteError, UnsupportedModelError
-from ..job.methods import AnalyticCalibrator, DfmpcPlan, NoCalibrator, NormCalibrator, RtnPlan
+from ..job.methods import DfmpcPlan, NoCalibrator, RtnPlan
 from ..job.schema import LayerRule
 from ..models.graph import Layer, Pair, Pairing
 from ..models.load import LoadedModel
@@ -20,7 +20,7 @@ from ..models.pairs import find_pairs
 from .assign import Assignment, assign
 from .calibrate import make_calibrator
 from .compensate import summarise
-from .quantize import original_taps, quantize_layer, quantized_taps
+from .quantize import clipped_fraction, original_taps, quantize_layer, quantized_taps
 from .result import Compressed, QuantizedLayer
 from .rows import to_rows
 from .taps import Taps
@@ -44,13 +44,6 @@ def describe_plan(plan: DfmpcPlan | RtnPlan) -> PlanDescription:
         return PlanDescription("rtn", "", "none", "none")
     tier = "none" if isinstance(plan.calibrator, NoCalibrator) else "closed-form"
     return PlanDescription("dfmpc", "published", tier, plan.calibrator.name)
-
-
-def calibrator_label(options: AnalyticCalibrator | NormCalibrator | NoCalibrator) -> str:
-    """Return the calibrator with its options, as manifests state it."""
-    rest = options.model_dump(exclude={"name"})
-    listed = ", ".join(f"{key}={value}" for key, value in rest.items())
-    return f"{options.name}({listed})" if listed else options.name
 
 
 def compress_model(
@@ -123,6 +116,7 @@ class _LayerWork:
             self.quantized = quantize_layer(self.weight, assignment, device)
         except NonFiniteError as error:
             raise NonFiniteError(f"{model.source.name}: {assignment.layer.weight}: {error}") from error
+        self.clipped = clipped_fraction(self.weight, assignment.layer, self.quantized, device)
         self.seconds = time.perf_counter() - started
 
     def taps(self) -> tuple[Taps, Taps]:
@@ -143,6 +137,7 @@ class _LayerWork:
             quantized=self.quantized,
             partners=_partners(layer, pairing.pairs),
             reason=self.assignment.reason,
+            clipped_fraction=self.clipped,
             seconds=self.seconds,
         )
         return result if walked is None else _with_walk(result, pairing, walked)

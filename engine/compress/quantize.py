@@ -26,6 +26,16 @@ def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quant
     )
 
 
+def clipped_fraction(weight: Tensor, layer: Layer, quantized: Quantized, device: str) -> float:
+    """Return the fraction of the weights, 0-1, beyond the grid's ends: 0 but for ternary, whose ends are means."""
+    form, ends = quantized.format, quantized.scale
+    if form.grid is not Grid.TERNARY:
+        return 0.0
+    if form.groups > 1:
+        ends = ends.repeat_interleave(form.group_size, 1)[:, : form.length]
+    return int((_rows(weight, layer, device).abs() > ends).sum()) / max(1, layer.params)
+
+
 def original_taps(weight: Tensor, layer: Layer, device: str) -> Taps:
     """Return the tap sums of the original weight, on the CPU."""
     return _taps(_rows(weight, layer, device), layer)

@@ -47,6 +47,8 @@ class QuantizedLayer:
     """LOW only."""
     norm_shift: float | None = None
     """Root mean square of the change of the running mean behind this layer, in old standard deviations."""
+    clipped_fraction: float = 0.0
+    """Fraction of the weights, 0-1, beyond the grid's ends."""
     seconds: float = 0.0
 
     @property

@@ -227,7 +227,7 @@ def _device_failure(device: str, error: Exception) -> DeviceError:
 
 
 def _reset_device_peak(device: str) -> None:
-    if device.startswith("cuda") and torch.cuda.is_initialized():
+    if device.startswith("cuda") and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # bare in torch
         torch.cuda.reset_peak_memory_stats(device)
 
 

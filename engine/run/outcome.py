@@ -123,6 +123,7 @@ def _layer_row(row: ModelRow, entry: LayerEntry, seconds: float | None) -> Layer
         granularity=entry.granularity,
         sqnr_db=entry.sqnr_db,
         sparsity=entry.sparsity,
+        clipped_fraction=entry.clipped_fraction,
         folded=entry.folded,
         norm_shift=entry.norm_shift,
         seconds=seconds,

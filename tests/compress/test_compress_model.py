@@ -74,6 +74,19 @@ def test_roles_bits_and_reasons(loaded: Loader) -> None:
     assert "classifier" in layers["fc"].reason
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group:8"])
+def test_weights_beyond_the_ternary_ends_are_counted(loaded: Loader, granularity: str) -> None:
+    model = loaded(Plain(), (1, 3, 8, 8))
+    found = compress_model(model, plan(granularity=granularity, calibrator="none", compensate=False))
+    layers = by_name(found)
+    w, w_hat = model.state["low.weight"].flatten(1), weights(found)["low.weight"].flatten(1)
+    # a weight beyond the end is one that the grid made smaller in magnitude without making it zero
+    expected = ((w_hat != 0) & (w.abs() > w_hat.abs())).double().mean()
+    assert layers["low"].clipped_fraction == pytest.approx(float(expected), abs=1e-12)
+    assert 0.1 < layers["low"].clipped_fraction < 0.5
+    assert {layers[name].clipped_fraction for name in ("stem", "high", "fc")} == {0.0}
+
+
 def test_folding_equals_scaling_the_next_layer(loaded: Loader) -> None:
     """relu(c z) = c relu(z): with c in the norm or in the HIGH layer's inputs the outputs agree."""
     model = loaded(Plain(), (1, 3, 8, 8))
