@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..artifact.key import evaluation_key
+from ..artifact.storage import write_atomically
 from ..errors import DataError, StorageError
 from ..models.digest import tree_digest
 from . import metrics
-from .files import write_atomically
 from .forward import logits
 from .images import ImageSet, batches, read_images, stat_data
 from .noise import noise_images

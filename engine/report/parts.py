@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..artifact.storage import write_atomically
 from ..errors import UsageError
-from ..evaluate.files import write_atomically
 from .rows import LayerRow, ModelRow
 from .schema import SomeRow, from_table, to_table
 

@@ -18,6 +18,7 @@ from .interrupts import Interrupts
 from .ledger import Event, Kind, Ledger, fold
 from .messages import Started, TaskOutcome
 from .outcome import bare_row, failed
+from .process import STOP_S
 from .progress import Progress
 from .slots import Slot
 from .store import RunFolder
@@ -169,10 +170,11 @@ class Dispatcher:
 
     def _interrupt(self) -> None:
         """End the workers and note what they were at; an artifact in the making is left to the sweep."""
+        workers = [slot.worker for slot in self._slots if slot.worker]
+        for worker in workers:
+            worker.ask_to_end()
         for slot in self._slots:
-            if slot.worker:
-                slot.worker.stop()
-                slot.worker = None
+            slot.drop_worker(STOP_S)
         at_work = [(slot, slot.pending[0], slot.current) for slot in self._slots if slot.pending and slot.current]
         for slot, task, started in at_work:
             if not self._finished_meanwhile(started):

@@ -20,8 +20,14 @@ def why_not_reused(folder: Path, key: TaskKey) -> str:
 
 
 def _newest_first(plan_folder: Path) -> list[Path]:
-    files = [file for file in plan_folder.glob(f"*/{MANIFEST}") if file.is_file()]
-    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
+    return sorted((file.parent for file in plan_folder.glob(f"*/{MANIFEST}")), key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return (folder / MANIFEST).stat().st_mtime
+    except OSError:  # another run is replacing it
+        return 0.0
 
 
 def _readable(folder: Path) -> Manifest | None:

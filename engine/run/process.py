@@ -60,10 +60,9 @@ class WorkerProcess:
             return None
         return message
 
-    def stop(self) -> None:
-        """End the worker's whole group: politely, then for good."""
+    def ask_to_end(self) -> None:
+        """Send SIGTERM to the worker's whole group; ``kill`` waits and makes sure."""
         self._signal(signal.SIGTERM)
-        self.kill(STOP_S)
 
     def kill(self, grace_s: float = 0.0) -> str:
         """Kill the worker's whole group and return how the worker ended, such as ``was ended by SIGKILL``.
