@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
+from dfmpc.report.rows import ModelRow
 from torch import nn
 
 PLANS = [
@@ -83,43 +85,42 @@ def test_an_exported_network_loads_bit_for_bit(shared: Path, tmp_path: Path) -> 
     _assert_loads_bit_for_bit(ModelSource(name="resnet20", program=str(file)), [], tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_papers_network_reaches_the_published_steps(shared: Path, project: Path, tmp_path: Path) -> None:
-    """ResNet56 of the paper's Table 1, 5,000 images: every step of its recipe, layer-wise and by channel."""
+@pytest.fixture
+def cifar_rows(shared: Path, project: Path, tmp_path: Path) -> Callable[[str], dict[str, ModelRow]]:
+    """Return a function that runs some tasks of jobs/cifar.yaml and gives their rows by plan."""
     if shared.resolve() != (project.parent / "shared").resolve():
         pytest.skip("jobs/cifar.yaml names the shared folder beside the project, and that is elsewhere")
-    summary = run(
-        project / "jobs" / "cifar.yaml",
-        output=str(tmp_path / "store"),
-        only="resnet56_paper/*w-*2-6*",
-        allow_code=(str(shared / "models"),),
-        progress=False,
-    )
-    rows = {row.bit_plan: row for row in summary.rows}
-    assert summary.exit_code == 0
+
+    def rows(only: str) -> dict[str, ModelRow]:
+        allow = (str(shared / "models"),)
+        job, store = project / "jobs" / "cifar.yaml", str(tmp_path / "store")
+        summary = run(job, output=store, only=only, allow_code=allow, progress=False)
+        assert summary.exit_code == 0
+        return {row.bit_plan: row for row in summary.rows}
+
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_papers_network_reaches_the_published_steps(cifar_rows: Callable[[str], dict[str, ModelRow]]) -> None:
+    """ResNet56 of the paper's Table 1, 5,000 images: every step of its recipe, layer-wise and by channel."""
+    rows = cifar_rows("resnet56_paper/lw-*")
     assert rows["lw-naive2-6"].top1_before == pytest.approx(93.28, abs=0.05)
     top1 = {name: row.top1_after for name, row in rows.items()}
     assert top1["lw-naive2-6"] == pytest.approx(18.2, abs=1)
     assert top1["lw-c-only2-6"] == pytest.approx(20.8, abs=1)
     assert top1["lw-analytic2-6"] == pytest.approx(66, abs=1.5)
     assert top1["lw-analytic-c2-6"] == pytest.approx(69, abs=1.5)
+    by_channel = cifar_rows("resnet56_paper/ch-*-rho3")["ch-analytic2-6-rho3"]
+    assert (by_channel.top1_after or 0) >= 74.5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_resnet20_reaches_the_reference_table(shared: Path, project: Path, tmp_path: Path) -> None:
+def test_resnet20_reaches_the_reference_table(cifar_rows: Callable[[str], dict[str, ModelRow]]) -> None:
     """Calibrated figures at most 1 below methods.md, section 3; naive ones within 3."""
-    if shared.resolve() != (project.parent / "shared").resolve():
-        pytest.skip("jobs/cifar.yaml names the shared folder beside the project, and that is elsewhere")
-    summary = run(
-        project / "jobs" / "cifar.yaml",
-        output=str(tmp_path / "store"),
-        only="resnet20/*",
-        allow_code=(str(shared / "models"),),
-        progress=False,
-    )
-    top1 = {row.bit_plan: row.top1_after for row in summary.rows}
+    top1 = {name: row.top1_after for name, row in cifar_rows("resnet20/*").items()}
     assert top1["ch-naive2-6"] == pytest.approx(13.2, abs=3)
     assert top1["ch-naive4-4"] == pytest.approx(88.8, abs=3)
     floors = {"ch-analytic2-6": 64.9, "low-lw-analytic2-6": 71.2, "ch-analytic3-6": 90.2, "ch-analytic4-4": 90.5}
