@@ -15,6 +15,9 @@ from torch.export.pt2_archive._package import load_pt2
 from ..errors import CheckpointError
 from .program_check import READER_ERRORS, check_archive, damaged
 
+_ASSERTION = "aten._assert_tensor_metadata.default"
+"""Says that a tensor lies on the device of the export, which would keep the program off every other one."""
+
 
 def load_program(path: Path) -> ExportedProgram:
     """Return the program of a .pt2 file on the CPU.
@@ -29,9 +32,12 @@ def load_program(path: Path) -> ExportedProgram:
         raise CheckpointError(damaged(path, error)) from error
     # Source code that .module() would evaluate; the shapes of the placeholders are checked without it.
     program._guards_code = []
-    for node in program.graph.nodes:
+    for node in list(program.graph.nodes):
         # Holds paths of the machine that exported it, which an artifact should not repeat.
         node.meta.pop("stack_trace", None)
+        if str(node.target) == _ASSERTION:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
     return program
 
 

@@ -309,3 +309,25 @@ def test_a_dynamic_batch_is_fine_and_runs_at_any_size(
 def test_a_long_expression_is_refused_without_trying_every_way_to_read_it() -> None:
     assert _EXPRESSION.fullmatch("Add(Mul(s0, 12), Max(Symbol('s1', positive=True), 34))")
     assert not _EXPRESSION.fullmatch("1" * 10_000 + "!")
+
+
+class _Converts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.to(torch.float32)).to(torch.float32)
+
+
+def test_assertions_of_the_exporting_device_are_dropped_and_the_outputs_stay(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 8, 8)
+    program = torch.export.export(_Converts().eval(), (image,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = load_program(tmp_path / "net.pt2")
+    assert not [node for node in loaded.graph.nodes if "_assert_tensor_metadata" in str(node.target)]
+    assert torch.equal(loaded.module()(image), program.module()(image))
+    save_placeholder_program(loaded, tmp_path / "light.pt2")
+    state = {name: tensor.detach() for name, tensor in loaded.state_dict.items()}
+    rebuilt = rebuild_module(factory=None, program=tmp_path / "light.pt2", state=state, allow=AllowList.default())
+    assert torch.equal(rebuilt(image), program.module()(image))
