@@ -1,17 +1,9 @@
-"""Kernels run in Triton's interpreter where there is no GPU, in the same process as their references."""
+"""Where kernels run, and outputs that show what nobody wrote. tests/conftest.py switches the interpreter on."""
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-# Triton reads this when it is first imported and decorates every kernel accordingly, so it stands above all
-# imports of dfmpc.kernels. With a GPU the same tests run the compiled kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 
 
 @pytest.fixture
