@@ -17,7 +17,7 @@ from .capture import canonical_names, capture, capture_program
 from .checkpoint import checkpoint_files, read_checkpoint
 from .factory import AllowList
 from .graph import Graph, Op
-from .program import load_program, save_placeholder_program
+from .program import load_program, module_of, save_placeholder_program
 
 __all__ = ["LoadedModel", "input_files", "load_model", "rebuild_module", "save_placeholder_program"]
 
@@ -118,7 +118,7 @@ def _check_single_precision(program: ExportedProgram, file: Path) -> None:
 
 
 def _program_module(program: ExportedProgram) -> nn.Module:
-    return _frozen(program.module())
+    return _frozen(module_of(program))
 
 
 def _frozen(module: nn.Module) -> nn.Module:

@@ -6,13 +6,14 @@ import copy
 import warnings
 from io import BytesIO
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from .program_check import READER_ERRORS, check_archive, damaged
 
 _ASSERTION = "aten._assert_tensor_metadata.default"
@@ -39,6 +40,27 @@ def load_program(path: Path) -> ExportedProgram:
             program.graph.erase_node(node)
     program.graph_module.recompile()
     return program
+
+
+def module_of(program: ExportedProgram) -> nn.Module:
+    """Return the program's network in eval mode; ``train()`` of it raises UsageError."""
+    module: nn.Module = program.module()
+    # torch's own methods of this module raise for eval() too, and so does eval() of whatever it is put into.
+    vars(module).update(train=MethodType(_train, module), eval=MethodType(_eval, module))
+    return module.eval()
+
+
+def _train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise UsageError(
+            "train(): an exported program has eval mode only, its norms and dropouts are fixed; "
+            "train the network that it was exported from"
+        )
+    return nn.Module.train(module, False)
+
+
+def _eval(module: nn.Module) -> nn.Module:
+    return module.train(False)
 
 
 def save_placeholder_program(program: ExportedProgram, path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from dfmpc.artifact.manifest import MANIFEST, PROGRAM, TENSORS
 from dfmpc.artifact.verify import verify
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
-from dfmpc.errors import StorageError
+from dfmpc.errors import StorageError, UsageError
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
 from dfmpc.models.factory import AllowList
@@ -55,6 +56,20 @@ def test_an_artifact_of_a_program_loads_without_the_original(artifacts: tuple[Pa
         assert torch.equal(rebuilt(x), want(x))
         assert not torch.equal(rebuilt(x), network()(x))
     assert verify(artifacts[0]).findings == []
+
+
+def test_a_program_is_in_eval_mode_and_stays_there(artifacts: tuple[Path, Path]) -> None:
+    rebuilt = load(artifacts[0])
+    assert not any(module.training for module in rebuilt.modules())
+    assert rebuilt.eval() is rebuilt
+    assert rebuilt.train(False) is rebuilt
+    assert nn.Sequential(rebuilt).eval().training is False
+    assert copy.deepcopy(rebuilt).eval().training is False
+    assert set(rebuilt.state_dict()) == set(network().state_dict())
+    with pytest.raises(UsageError, match=r"train\(\): an exported program has eval mode only"):
+        rebuilt.train()
+    model = load_model(ModelSource(name="net", program=str(artifacts[0].parent / "net.pt2")), AllowList(()))
+    assert model.module.eval().training is False
 
 
 def test_bytes_do_not_differ_from_run_to_run(artifacts: tuple[Path, Path]) -> None:
