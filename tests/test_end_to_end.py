@@ -309,6 +309,20 @@ def test_a_disk_that_takes_not_even_the_report_is_told_on_stderr(bench: Any) -> 
     assert [verify(folder).findings for folder in find_artifacts(bench.store)] == [[]]  # it fitted, and is whole
 
 
+def test_an_altered_artifact_is_made_anew(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    job = bench.job([bench.model("good")], [R4])
+    file = bench.store / str(_run(job).rows[0].artifact) / "model.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    again = _run(job)
+    assert ([row.status for row in again.rows], again.exit_code) == (["done"], 0)
+    assert file.read_bytes() == right
+    assert len(again.explanations) == 1
+    for said in (again.explanations[0], capfd.readouterr().err):
+        assert "good/r4: the artifact is incomplete or altered, so it is made anew: " in said
+        assert "model.safetensors: sha256 " in said
+
+
 def test_the_python_functions_run_a_job_and_compress_a_network_in_memory(bench: Any) -> None:
     network = _network(bench)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import StorageError
 from .attempts import discard, new_attempt, owner_file, remove, sweep
-from .manifest import is_complete
+from .manifest import damage
 from .storage import fsync_folder, storing
 
 __all__ = ["commit", "discard", "new_attempt", "sweep"]
@@ -21,7 +21,7 @@ _TRIES = 16
 def commit(attempt: Path, target: Path) -> bool:
     """Rename the finished ``attempt`` to ``target``; return False where somebody else's artifact is there already.
 
-    An existing artifact is checked (manifest and sizes) and ours dropped; a broken one is moved into ``.attempts``
+    An existing artifact is checked (manifest, sizes and digests) and ours dropped; a broken one is moved into ``.attempts``
     and replaced. Raises StorageError.
     """
     with storing(target):
@@ -31,7 +31,7 @@ def commit(attempt: Path, target: Path) -> bool:
             if _rename(attempt, target):
                 _settle(attempt, target)
                 return True
-            if is_complete(target):
+            if not damage(target):
                 discard(attempt)
                 return False
             _move_aside(target, attempt.parent)
@@ -62,5 +62,5 @@ def _move_aside(target: Path, attempts: Path) -> None:
         os.rename(target, aside)
     except FileNotFoundError:
         return
-    if is_complete(aside) and not _rename(aside, target):
+    if not damage(aside) and not _rename(aside, target):
         remove(aside)

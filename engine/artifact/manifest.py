@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -172,6 +173,27 @@ def file_findings(folder: Path, manifest: Manifest) -> list[str]:
         elif (size := path.stat().st_size) != entry.size:
             findings.append(f"{path}: {size} bytes, the manifest says {entry.size}")
     return findings
+
+
+def digest_findings(folder: Path, name: str, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the content of the file ``name``, which is read in full."""
+    path, expected = folder / name, manifest.files[name].sha256
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    return [] if digest == expected else [f"{path}: sha256 {digest}, the manifest says {expected}"]
+
+
+def damage(folder: Path) -> list[str]:
+    """Return what keeps ``folder`` from being the artifact that its manifest tells of; every file is read."""
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError as error:
+        return [str(error)]
+    findings = file_findings(folder, manifest)
+    return findings or [text for name in manifest.files for text in digest_findings(folder, name, manifest)]
 
 
 def is_complete(folder: Path) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError
 from .codes import layer_findings
 from .key import digest_of
-from .manifest import MANIFEST, METADATA, PARTS, TENSORS, Manifest, file_findings, read_manifest
+from .manifest import MANIFEST, METADATA, PARTS, TENSORS, Manifest, digest_findings, file_findings, read_manifest
 from .tensors import TensorFile
 
 
@@ -43,7 +42,7 @@ def verify(path: str | Path) -> VerifyResult:
         return VerifyResult(folder, [str(error)], 0, 0)
     findings = _manifest_findings(folder, manifest) + file_findings(folder, manifest)
     present = [name for name in manifest.files if (folder / name).is_file()]
-    findings += [text for name in present for text in _digest_findings(folder, name, manifest)]
+    findings += [text for name in present for text in digest_findings(folder, name, manifest)]
     found, layers = _tensor_findings(folder, manifest)
     return VerifyResult(folder, findings + found, layers, len(present))
 
@@ -73,16 +72,6 @@ def _manifest_findings(folder: Path, manifest: Manifest) -> list[str]:
         findings.append(f"{path}: does not list {TENSORS}")
     strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in {MANIFEST, *manifest.files})
     return findings + [f"{folder / name}: not in the manifest" for name in strangers]
-
-
-def _digest_findings(folder: Path, name: str, manifest: Manifest) -> list[str]:
-    path, expected = folder / name, manifest.files[name].sha256
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"]
-    return [] if digest == expected else [f"{path}: sha256 {digest}, the manifest says {expected}"]
 
 
 def _tensor_findings(folder: Path, manifest: Manifest) -> tuple[list[str], int]:

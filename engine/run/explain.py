@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..artifact.key import TaskKey, explain
-from ..artifact.manifest import MANIFEST, Manifest, read_manifest
+from ..artifact.manifest import MANIFEST, Manifest, damage, read_manifest
 from ..errors import ArtifactError
 
 
 def why_not_reused(folder: Path, key: TaskKey) -> str:
     """Return why there is no complete artifact at ``folder``, against the newest one of the same model and plan."""
     if folder.exists():
-        return f"{folder} is incomplete or altered, so it is made anew"
+        return f"the artifact is incomplete or altered, so it is made anew: {'; '.join(damage(folder))}"
     found = [manifest for path in _newest_first(folder.parent) if (manifest := _readable(path)) is not None]
     if not found:
         return f"there is no artifact of {folder.parent.parent.name}/{folder.parent.name} in the store yet"

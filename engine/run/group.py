@@ -13,7 +13,7 @@ import torch
 from ..artifact.commit import commit, discard, new_attempt
 from ..artifact.key import TaskKey
 from ..artifact.loader import load
-from ..artifact.manifest import Manifest, is_complete, read_manifest
+from ..artifact.manifest import Manifest, damage, read_manifest
 from ..artifact.writer import write_artifact
 from ..compress.compress import compress_model
 from ..compress.result import Compressed
@@ -131,9 +131,10 @@ class _Attempt:
         key = self.shared.key(self.task)
         folder = self.context.store.artifact_folder(self.task.model.name, self.task.plan.name, key.key)
         seconds: dict[str, float] = {}
-        reused = is_complete(folder)
+        reused = folder.exists() and not damage(folder)
         if not reused:
             self.explanation = why_not_reused(folder, key)
+            self.problem = self.explanation if folder.exists() else ""
             seconds = self._make(key)
         manifest = read_manifest(folder)
         row = replace(self.row, status="reused" if reused else "done")

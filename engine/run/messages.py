@@ -47,7 +47,7 @@ class TaskOutcome:
     explanation: str = ""
     """Why the task was not reused; empty where it was."""
     problem: str = ""
-    """What could not be kept on disk (ledger or report part)."""
+    """What the user hears of at once: what could not be kept on disk, or an altered artifact in the store."""
     poisoned: bool = False
     """True where the process cannot go on (a device error sticks to the process): the worker ends after this."""
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import pytest
 from dfmpc.artifact.commit import commit, discard, new_attempt, sweep
 from dfmpc.artifact.manifest import MANIFEST, TENSORS, is_complete
+from dfmpc.artifact.manifest import damage as artifact_damage
 from dfmpc.artifact.owner import Owner
 from dfmpc.errors import StorageError
 
@@ -77,12 +78,20 @@ def test_the_second_committer_drops_its_own(store: Path, make: Callable[..., Any
     assert leftovers(store) == []
 
 
-@pytest.mark.parametrize("damage", ["no_manifest", "short_file", "missing_file", "a_file", "empty_folder"])
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["no_manifest", "short_file", "flipped_byte", "missing_file", "a_file", "empty_folder"])
 def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], damage: str) -> None:
     target = target_in(store)
     commit(filled(store, make), target)
     if damage == "short_file":
         os.truncate(target / TENSORS, 10)
+    elif damage == "flipped_byte":
+        flip_last_byte(target / TENSORS)
     else:
         (target / (TENSORS if damage == "missing_file" else MANIFEST)).unlink()
     if damage in ("a_file", "empty_folder"):
@@ -90,9 +99,9 @@ def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], dama
     if damage == "a_file":
         target.rmdir()
         target.write_bytes(b"x")
-    assert not is_complete(target)
+    assert artifact_damage(target)
     assert commit(filled(store, make), target) is True
-    assert is_complete(target)
+    assert artifact_damage(target) == []
     aside = [] if damage == "empty_folder" else [KEY[:12] + "-broken-"]  # rename replaces an empty folder itself
     assert [name[: len(KEY[:12] + "-broken-")] for name in leftovers(store)] == aside
 
@@ -250,8 +259,8 @@ def test_an_artifact_repaired_meanwhile_is_put_back(
     store: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit(filled(store, make), target_in(store))
-    inode, looks = target_in(store).stat().st_ino, iter([False])
-    monkeypatch.setattr("dfmpc.artifact.commit.is_complete", lambda _: next(looks, None) is None)
+    inode, looks = target_in(store).stat().st_ino, iter(["model.safetensors: missing"])
+    monkeypatch.setattr("dfmpc.artifact.commit.damage", lambda _: list(filter(None, [next(looks, None)])))
     assert commit(filled(store, make), target_in(store)) is False
     assert target_in(store).stat().st_ino == inode
     assert leftovers(store) == []
