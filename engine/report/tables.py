@@ -42,7 +42,7 @@ _Cell = tuple[TableColumn, Callable[[SomeRow], str]]
 
 
 def models_table(rows: Sequence[ModelRow]) -> Table:
-    """Return a task a row; columns that are empty throughout are left out, failed tasks explained below."""
+    """Return a task a row; columns that are empty throughout are left out; notes explain failures and gates."""
     cells: list[_Cell[ModelRow]] = [
         (TableColumn("model", right=False), lambda row: row.model),
         (TableColumn("plan", right=False), lambda row: row.bit_plan),
@@ -60,7 +60,8 @@ def models_table(rows: Sequence[ModelRow]) -> Table:
         (TableColumn("gate", right=False), lambda row: "" if row.gate in (None, "none") else str(row.gate)),
         (TableColumn("time\ns"), lambda row: _number(_seconds(row), 1)),
     ]
-    return _table(rows, cells, tuple(note for row in rows for note in _notes(row)), WIDTH)
+    notes = [note for row in rows for note in _notes(row)] + _unchecked_gates(rows)
+    return _table(rows, cells, tuple(notes), WIDTH)
 
 
 def layers_table(rows: Sequence[LayerRow]) -> Table:
@@ -105,19 +106,21 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[ModelRow]) -> str:
-    """Return counts by status, sizes in all and the names of failed tasks and closed gates, a line each."""
+    """Return counts by status and sizes in all, a line each."""
     counts = Counter(row.status for row in rows)
-    lines = [f"{len(rows)} tasks: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "none")]
+    lines = [
+        f"{counted(len(rows), 'task')}: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "none")
+    ]
     sized = [(row.bytes_before, row.bytes_after) for row in rows if row.bytes_before and row.bytes_after]
     if sized:
         before, after = (sum(sizes) / _MIB for sizes in zip(*sized, strict=True))
         lines.append(f"{before:.2f} MiB before, {after:.2f} MiB after ({before / after:.2f} times smaller)")
-    for title, names in (
-        ("failed", [row.task for row in rows if row.status == "failed"]),
-        ("gate closed", [row.task for row in rows if row.gate == "fail"]),
-    ):
-        lines += [f"{title}: {', '.join(names)}"] if names else []
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``number`` and ``noun``, in the plural where that is due: 1 task, 2 tasks."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _table(
@@ -137,6 +140,12 @@ def _notes(row: ModelRow) -> list[str]:
     if row.gate == "fail":
         notes.append(f"{row.task} gate closed: {row.gate_reason or 'no reason given'}")
     return notes
+
+
+def _unchecked_gates(rows: Sequence[ModelRow]) -> list[str]:
+    """Return why bounds could not be checked, a line a distinct reason; else they would look kept."""
+    counts = Counter(row.gate_reason for row in rows if row.gate in ("none", "pass") and row.gate_reason)
+    return [f"gate of {counted(count, 'task')}: {reason}" for reason, count in counts.items()]
 
 
 def _number(value: float | None, decimals: int, unit: float = 1) -> str:

@@ -66,6 +66,14 @@ def test_a_closed_gate_is_explained():
     assert models_table([row]).notes == ("net/mp2-6 gate closed: agreement is 0.6789, min_agreement is 0.9",)
 
 
+def test_a_gate_that_could_not_be_checked_is_said_once():
+    reason = "max_top1_drop was not checked: no labelled images, give evaluate.data"
+    unchecked = [model_row(plan=plan, gate="none", gate_reason=reason) for plan in "ab"]
+    assert models_table([*unchecked, FULL]).notes == (f"gate of 2 tasks: {reason}",)
+    half = dataclasses.replace(FULL, gate_reason=reason)
+    assert models_table([half]).notes == (f"gate of 1 task: {reason}",)
+
+
 def test_columns_that_say_nothing_are_left_out():
     titles = [column.title for column in models_table([model_row(gate="none", logit_sqnr_db=math.inf)]).columns]
     assert titles == ["model", "plan", "status"]
@@ -129,7 +137,7 @@ def test_json_values():
     assert json.loads(to_json([])) == []
 
 
-def test_summary_counts_sizes_and_names():
+def test_summary_counts_tasks_and_sizes():
     rows = [
         FULL,
         dataclasses.replace(FULL, status="reused", task="net/a", gate="fail"),
@@ -139,7 +147,6 @@ def test_summary_counts_sizes_and_names():
     assert summary(rows).split("\n") == [
         "4 tasks: 1 done, 2 failed, 1 reused",
         "6.00 MiB before, 1.00 MiB after (6.00 times smaller)",
-        "failed: net/b, net/c",
-        "gate closed: net/a",
     ]
+    assert summary(rows[2:3]) == "1 task: 1 failed"
     assert summary([]) == "0 tasks: none"
