@@ -166,7 +166,7 @@ class Dispatcher:
         self.rows[row.task] = row
         self._progress.finished(row.task)
         if row.status == "failed":
-            self._progress.note(f"{row.task} failed: {row.error_class}: {(row.error or '').splitlines()[0]}")
+            self._progress.note(f"{row.task} failed: {row.error_class}")  # the text comes in the end
 
     def _interrupt(self) -> None:
         """End the workers and note what they were at; an artifact in the making is left to the sweep."""
