@@ -74,7 +74,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule], device: str) -> Compressed:
-    pairing = find_pairs(model.graph)
+    pairing = Pairing(()) if isinstance(plan, RtnPlan) else find_pairs(model.graph)
     _check(model, plan, pairing)
     assignments = assign(model.graph.layers, plan, rules, pairing)
     work = {

@@ -87,6 +87,11 @@ def test_weights_beyond_the_ternary_ends_are_counted(loaded: Loader, granularity
     assert {layers[name].clipped_fraction for name in ("stem", "high", "fc")} == {0.0}
 
 
+def test_rtn_has_no_roles(loaded: Loader) -> None:
+    layers = compress_model(loaded(Plain(), (1, 3, 8, 8)), RtnPlan(name="r4", method="rtn", bits=4)).layers
+    assert {(item.role, item.partners, item.reason) for item in layers} == {("unpaired", (), "")}
+
+
 def test_folding_equals_scaling_the_next_layer(loaded: Loader) -> None:
     """relu(c z) = c relu(z): with c in the norm or in the HIGH layer's inputs the outputs agree."""
     model = loaded(Plain(), (1, 3, 8, 8))
