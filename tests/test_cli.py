@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from dfmpc import cli
 from dfmpc.errors import ArtifactError, DfmpcError, StorageError
 from typer.testing import CliRunner
@@ -82,7 +83,10 @@ def test_a_factory_needs_the_allow_list(tmp_path: Path, monkeypatch: pytest.Monk
     assert refused.exit_code == 2
     assert "models[0].factory: got 'my_nets:small'" in refused.stderr
     assert "--allow-code" in refused.stderr
-    assert call("plan", "job.yaml", "--allow-code", "my_nets").exit_code == 0
+    allowed = call("plan", "job.yaml", "--allow-code", "my_nets")
+    assert allowed.exit_code == 3
+    assert "checkpoint: " in allowed.stdout
+    assert "c.pt: no such file" in allowed.stdout
     missing = call("plan", "job.yaml", "--allow-code", "./nothing")
     assert missing.exit_code == 2
     assert "nothing" in missing.stderr
@@ -92,11 +96,13 @@ def test_plan_shows_tasks_and_writes_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(GOOD)
     result = call("plan", "job.yaml", "--json")
-    assert result.exit_code == 0
+    assert result.exit_code == 3
     document = json.loads(result.stdout)
     assert [row["task"] for row in document["tasks"]] == ["none/p"]
     assert document["totals"]["tasks"] == 1
-    assert any("none.pt2" in problem for problem in document["problems"])
+    assert document["problems"] == [
+        f"none: program: {tmp_path / 'none.pt2'}: no such file; correct the path or copy the file there"
+    ]
     assert "none/p" in call("plan", "job.yaml").stdout
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 
@@ -112,6 +118,20 @@ def test_inspecting_no_artifact_ends_with_4(tmp_path: Path):
     result = call("inspect", tmp_path)
     assert result.exit_code == 4
     assert str(tmp_path) in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_mistyped_folder_ends_with_2(command: str, tmp_path: Path):
+    result = call(command, tmp_path / "absent")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'absent'}: no such folder")
+
+
+def test_the_examples_name_plans_of_the_quickstart(project: Path):
+    shipped = [plan["name"] for plan in yaml.safe_load((project / "jobs" / "quickstart.yaml").read_text())["bit_plans"]]
+    assert "rtn-4" in shipped
+    assert "--only '*/rtn-4'" in call("report", "--help").stdout
+    assert "efficientnet-lite0/rtn-4/*" in call("inspect", "--help").stdout
 
 
 def test_schema_prints_the_json_schema():

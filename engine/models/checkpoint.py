@@ -70,9 +70,10 @@ def _package_file(location: str) -> Path:
     return next((Path(root) / inside for root in roots if (Path(root) / inside).is_file()), Path(roots[0]) / inside)
 
 
-def _check_file(path: Path, what: str = "the checkpoint") -> None:
+def _check_file(path: Path, what: str = "") -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: {what} does not exist; correct the path or copy the file there")
+        missing = f"{path}: {what} does not exist" if what else f"checkpoint: {path}: no such file"
+        raise CheckpointError(f"{missing}; correct the path or copy the file there")
 
 
 def _read_one(path: Path) -> dict[str, Tensor]:

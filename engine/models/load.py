@@ -17,7 +17,7 @@ from .capture import canonical_names, capture, capture_program
 from .checkpoint import checkpoint_files, read_checkpoint
 from .factory import AllowList
 from .graph import Graph, Op
-from .program import load_program, module_of, save_placeholder_program
+from .program import load_program, module_of, program_file, save_placeholder_program
 
 __all__ = ["LoadedModel", "input_files", "load_model", "rebuild_module", "save_placeholder_program"]
 
@@ -52,7 +52,9 @@ class _Code:
 
 def input_files(source: ModelSource) -> list[Path]:
     """Return the files that ``source`` is read from. Raises CheckpointError where one is missing."""
-    return checkpoint_files(source.program or source.checkpoint or "")
+    if source.program is not None:
+        return [program_file(source.program)]
+    return checkpoint_files(source.checkpoint or "")
 
 
 def load_model(source: ModelSource, allow: AllowList) -> LoadedModel:

@@ -20,6 +20,14 @@ _ASSERTION = "aten._assert_tensor_metadata.default"
 """Says that a tensor lies on the device of the export, which would keep the program off every other one."""
 
 
+def program_file(location: str) -> Path:
+    """Return the path of a .pt2 file. Raises CheckpointError where there is none."""
+    path = Path(location)
+    if not path.is_file():
+        raise CheckpointError(f"program: {path}: no such file; correct the path or copy the file there")
+    return path
+
+
 def load_program(path: Path) -> ExportedProgram:
     """Return the program of a .pt2 file on the CPU.
 

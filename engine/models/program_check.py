@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def check_archive(path: Path) -> None:
     Raises CheckpointError (no such archive, truncated), UnsafeCheckpointError and UnsupportedModelError.
     """
     try:
+        _refuse_torch_save(path)
         reader = PT2ArchiveReader(str(path))
         names = reader.get_file_names()
         _check_members(path, names)
@@ -65,6 +67,20 @@ def check_archive(path: Path) -> None:
         _check_json(path, json.loads(reader.read_bytes(_MODEL)))
     except READER_ERRORS as error:
         raise CheckpointError(damaged(path, error)) from error
+
+
+def _refuse_torch_save(path: Path) -> None:
+    """Recognise the zip of a pickle that torch.save writes; torch's own words for it are about its archives."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile):
+        return  # the reader says what is wrong with it
+    if "data.pkl" in names and "archive_format" not in names:
+        raise CheckpointError(
+            f"{path}: made by torch.save, not torch.export.save: a state dict goes under checkpoint, with a factory; "
+            "a program is written by torch.export.save(torch.export.export(network, (example,)), path)"
+        )
 
 
 def damaged(path: Path, error: Exception) -> str:

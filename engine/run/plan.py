@@ -15,6 +15,7 @@ from ..job.expand import Task, expand
 from ..job.loader import LoadedJob
 from ..job.methods import DfmpcPlan
 from ..models.factory import AllowList
+from .devices import device_slots
 from .shared import SharedModel
 from .sizes import predicted_host_bytes, source_bytes, source_files
 from .store import Store
@@ -63,7 +64,11 @@ class Plan:
 
 
 def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
-    """Return what running ``loaded`` would do. Reads every input once, for its digest; no code of a model runs."""
+    """Return what running ``loaded`` would do. Reads every input once, for its digest; no code of a model runs.
+
+    Raises UsageError where ``resources.devices`` names a device that is not there.
+    """
+    device_slots(loaded.job.resources.devices)
     groups: dict[str, list[Task]] = {}
     for task in expand(loaded):
         groups.setdefault(task.model.name, []).append(task)

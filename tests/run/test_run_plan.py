@@ -81,6 +81,9 @@ def test_a_plan_reads_sizes_and_writes_nothing(bench: Any) -> None:
     assert plan.totals.free_bytes > 0
     assert len(plan.problems) == 1
     assert "absent.safetensors" in plan.problems[0]
+    elsewhere = load_job(bench.job([bench.model("good")], PLANS, resources={"devices": ["cuda:99"]}))
+    with pytest.raises(UsageError, match="devices: 'cuda:99' was asked for"):
+        make_plan(elsewhere)
 
 
 def test_a_shard_index_counts_its_shards(bench: Any, tmp_path: Path) -> None:
