@@ -309,6 +309,20 @@ def test_a_disk_that_takes_not_even_the_report_is_told_on_stderr(bench: Any) -> 
     assert [verify(folder).findings for folder in find_artifacts(bench.store)] == [[]]  # it fitted, and is whole
 
 
+def test_a_layer_rule_that_matches_nothing_is_said(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    rules = [{"match": "0", "bits": 8}, {"match": "features.*", "keep": True}]
+    job = bench.job([bench.model("good"), {**bench.model("absent"), "checkpoint": "no.pt"}], [R4], layers=rules)
+    for status in ("done", "reused"):
+        summary = _run(job)
+        assert {row.model: (row.status, row.pairs) for row in summary.rows}["good"] == (status, 0)
+        assert len(summary.unmatched) == 1
+        for said in (summary.unmatched[0], capfd.readouterr().err):
+            assert "layers[1].match: 'features.*' matches no layer of this run" in said
+            assert "layers are named 0, 3, 6, 11" in said
+            assert "layers[0]" not in said
+    assert _run(bench.job([bench.model("good")], [R4], layers=rules[:1])).unmatched == []
+
+
 def test_an_altered_artifact_is_made_anew(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:
     job = bench.job([bench.model("good")], [R4])
     file = bench.store / str(_run(job).rows[0].artifact) / "model.safetensors"

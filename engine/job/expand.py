@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 from pydantic import Field
 
-from ..errors import JobFileError, Problem
+from ..errors import JobFileError, Problem, UsageError
 from .loader import LoadedJob
 from .methods import BitPlan, Strict
 from .schema import LayerRule
 from .sources import ModelSource, model_sources, selected
 
-__all__ = ["ModelSource", "Task", "expand"]
+__all__ = ["ModelSource", "Task", "choose", "expand"]
 
 
 class Task(Strict):
@@ -43,3 +46,12 @@ def expand(loaded: LoadedJob) -> list[Task]:
     if not tasks:
         raise JobFileError(str(loaded.path), [Problem("models", "no task at all", "a model and a bit-plan to run")])
     return tasks
+
+
+def choose(tasks: Sequence[Task], only: str | None) -> list[Task]:
+    """Return the tasks whose id matches the fnmatch pattern ``only`` (None: all); UsageError where none does."""
+    chosen = [task for task in tasks if only is None or fnmatchcase(task.id, only)]
+    if not chosen:
+        known = ", ".join(task.id for task in tasks[:8]) + (", …" if len(tasks) > 8 else "")
+        raise UsageError(f"--only {only!r} matches no task; the tasks are {known} (patterns such as 'MODEL/*' work)")
+    return chosen

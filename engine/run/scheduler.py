@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..artifact.attempts import sweep
-from ..errors import HostMemoryError, InterruptedRunError, StorageError, UsageError
-from ..job.expand import Task, expand
+from ..errors import HostMemoryError, InterruptedRunError, StorageError
+from ..job.expand import Task, choose, expand
 from ..job.loader import LoadedJob
 from ..report.parts import read_models
 from ..report.rows import ModelRow
@@ -20,6 +20,7 @@ from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
 from .progress import Progress
 from .resume import JoinedRun, create_or_join_run
+from .rules import unmatched_rules
 from .sizes import predicted_host_bytes, source_bytes
 from .slots import make_slots
 from .store import FrozenRun, Store, freeze
@@ -54,6 +55,8 @@ class RunSummary:
     exit_code: int
     explanations: list[str] = field(default_factory=list)
     resumed: bool = False
+    unmatched: list[str] = field(default_factory=list)
+    """The layer rules that match no layer, a sentence each; they were said on stderr too."""
 
 
 def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary:
@@ -62,7 +65,7 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
     written. What fails later is in the rows.
     """
-    tasks = _chosen(expand(loaded), options.only)
+    tasks = choose(expand(loaded), options.only)
     devices = device_slots(options.devices or _devices_of(loaded))
     store = Store(loaded.store)
     store.prepare()
@@ -70,17 +73,10 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     with Interrupts() as interrupts:
         dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
-    return _summary(joined, frozen, dispatcher, interrupts, options)
-
-
-def _chosen(tasks: list[Task], only: str | None) -> list[Task]:
-    if only is None:
-        return tasks
-    chosen = [task for task in tasks if fnmatchcase(task.id, only)]
-    if not chosen:
-        known = ", ".join(task.id for task in tasks[:8]) + (", …" if len(tasks) > 8 else "")
-        raise UsageError(f"--only {only!r} matches no task; the tasks are {known} (patterns such as 'MODEL/*' work)")
-    return chosen
+    summary = _summary(joined, frozen, dispatcher, interrupts, options)
+    for text in summary.unmatched:
+        print(f"dfmpc: warning: {text}", file=sys.stderr)
+    return summary
 
 
 def _devices_of(loaded: LoadedJob) -> str | list[str]:
@@ -182,6 +178,7 @@ def _summary(
         exit_code=InterruptedRunError.exit_code if interrupts.received else exit_code_of(ordered),
         explanations=dispatcher.explanations if options.explain else [],
         resumed=joined.resumed,
+        unmatched=[] if interrupts.received else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
     )
 
 
