@@ -21,8 +21,8 @@ _TRIES = 16
 def commit(attempt: Path, target: Path) -> bool:
     """Rename the finished ``attempt`` to ``target``; return False where somebody else's artifact is there already.
 
-    An existing artifact is checked (manifest, sizes and digests) and ours dropped; a broken one is moved into ``.attempts``
-    and replaced. Raises StorageError.
+    An existing artifact is checked (manifest, sizes and digests) and ours dropped; a broken one is moved into
+    ``.attempts`` and replaced. Raises StorageError.
     """
     with storing(target):
         fsync_folder(attempt)

@@ -84,7 +84,9 @@ def flip_last_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["no_manifest", "short_file", "flipped_byte", "missing_file", "a_file", "empty_folder"])
+@pytest.mark.parametrize(
+    "damage", ["no_manifest", "short_file", "flipped_byte", "missing_file", "a_file", "empty_folder"]
+)
 def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], damage: str) -> None:
     target = target_in(store)
     commit(filled(store, make), target)
