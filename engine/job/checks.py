@@ -72,7 +72,10 @@ class Checks:
         first: dict[str, str] = {}
         for index, spec in self.models:
             if spec.factory is not None and self.allows is not None and not self.allows(spec.factory):
-                expected = "a module on the allow-list: add it by --allow-code or DFMPC_ALLOW_CODE if you trust it"
+                expected = (
+                    "a module on the allow-list; if you trust it, allow it by --allow-code FOLDER_OR_MODULE "
+                    "(from Python allow_code=[…], or DFMPC_ALLOW_CODE, comma-separated)"
+                )
                 self._add(("models", index, "factory"), repr(spec.factory), expected)
             for name, origin in self._named(index, spec):
                 if name in first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODULES = ("torchvision.models", "timm", "efficientnet_lite_pytorch")
 ENVIRONMENT = "DFMPC_ALLOW_CODE"
+HOW_TO_ALLOW = f"--allow-code FOLDER_OR_MODULE (from Python allow_code=[…], or {ENVIRONMENT}, comma-separated)"
+"""How messages tell what puts code on the list."""
 
 
 class FactorySource(Protocol):
@@ -72,7 +75,7 @@ class AllowList:
         if not self.allows(factory):
             raise FactoryError(
                 f"factory {factory!r} is not on the allow-list ({', '.join(self._entries())}); "
-                f"add its module or folder with --allow-code or {ENVIRONMENT}"
+                f"if you trust it, allow it by {HOW_TO_ALLOW}"
             )
         function = self._resolve(factory)
         from torch import nn  # noqa: PLC0415 - job files are checked against the list without torch
@@ -117,12 +120,12 @@ class AllowList:
             sys.path.insert(0, str(folder))
         try:
             found: Any = importlib.import_module(name)
-            for attribute in attributes.split("."):
-                found = getattr(found, attribute)
         except Exception as error:  # importing runs foreign code, which may raise anything
             raise FactoryError(
-                f"factory {factory!r} cannot be imported: {_said(error)}; install its package or correct the name"
+                f"factory {factory!r} cannot be imported: {_said(error)}; {_import_remedy(name, error)}"
             ) from error
+        for attribute in attributes.split("."):
+            found = _attribute(factory, found, attribute)
         if not callable(found):
             raise FactoryError(f"factory {factory!r} is not callable; expected 'module:callable'")
         self._check_home(factory, found)
@@ -136,8 +139,33 @@ class AllowList:
         if not self.allows(f"{home}:"):
             raise FactoryError(
                 f"factory {factory!r} is defined in {home}, which is not on the allow-list "
-                f"({', '.join(self._entries())}); add it with --allow-code or {ENVIRONMENT} if you trust it"
+                f"({', '.join(self._entries())}); if you trust it, allow it by {HOW_TO_ALLOW}"
             )
+
+
+def _import_remedy(module: str, error: Exception) -> str:
+    """A module that is not found may lie in a folder that Python does not look into."""
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        first = module.partition(".")[0]
+        return (
+            f"install its package, correct the name, or give --allow-code the folder that holds {first}.py or {first}/"
+        )
+    return "install its package or correct the name"
+
+
+def _attribute(factory: str, holder: Any, name: str) -> Any:
+    try:
+        return getattr(holder, name)
+    except AttributeError as error:
+        owner = getattr(holder, "__name__", type(holder).__name__)
+        public = [known for known in dir(holder) if not known.startswith("_")]
+        close = difflib.get_close_matches(name, public, n=1)
+        raise FactoryError(
+            f"factory {factory!r}: {owner} has no function {name}; "
+            + (f"did you mean {close[0]}?" if close else "correct the name")
+        ) from error
+    except Exception as error:  # a module's own __getattr__ is foreign code too
+        raise FactoryError(f"factory {factory!r} cannot be imported: {_said(error)}; correct the name") from error
 
 
 def _said(error: Exception) -> str:

@@ -140,7 +140,9 @@ def test_the_allow_list_needs_no_torch() -> None:
         ("mynets_test:fails", "failed: ValueError: no such size; check its args and kwargs"),
         ("mynets_test:number", "gave a int; expected a torch.nn.Module"),
         ("mynets_test:constant", "is not callable"),
-        ("mynets_test:absent", "cannot be imported: AttributeError"),
+        ("mynets_test:absent", "mynets_test has no function absent; correct the name"),
+        ("mynets_test:numbr", "mynets_test has no function numbr; did you mean number?"),
+        ("mynets_test:Nets.liner", "Nets has no function liner; did you mean linear?"),
         ("timm.no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
     ],
 )
@@ -151,6 +153,14 @@ def test_failures_name_the_factory(
         AllowList.default([str(folder)]).build(make_source(factory=factory))
     assert factory in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_messages_show_how_to_allow_code(make_source: Callable[..., ModelSource]) -> None:
+    with pytest.raises(FactoryError) as refused:
+        AllowList.default().build(make_source(factory="faraway_nets.small:net"))
+    assert "--allow-code FOLDER_OR_MODULE (from Python allow_code=[…], or DFMPC_ALLOW_CODE, comma" in str(refused.value)
+    with pytest.raises(FactoryError, match=r"give --allow-code the folder that holds faraway_nets.py or faraway_nets/"):
+        AllowList.default(["faraway_nets"]).build(make_source(factory="faraway_nets.small:net"))
 
 
 def test_distribution_version(folder: Path) -> None:
