@@ -92,16 +92,19 @@ def _compare(before: Tensor, after: Tensor, settings: EvaluationSettings, images
         images=settings.noise_count if images is None else len(images),
         measured_on="noise" if images is None else "images",
     )
-    return scores if images is None else _with_accuracy(scores, before, after, images)
+    return scores if images is None else _with_accuracy(scores, before, after, images, settings.model)
 
 
-def _with_accuracy(scores: Scores, before: Tensor, after: Tensor, images: ImageSet) -> Scores:
+def _with_accuracy(scores: Scores, before: Tensor, after: Tensor, images: ImageSet, network: str) -> Scores:
     classes, labels = before.shape[1], images.labels
     if len(before) != len(labels):
         raise DataError(f"{images.path}: {len(labels)} labels for {len(before)} rows of logits: drop evaluate.data")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = int(((labels < 0) | (labels >= classes)).nonzero()[0])
-        raise DataError(f"{images.path} row {wrong}: label {int(labels[wrong])}, the network has {classes} classes")
+        raise DataError(
+            f"evaluate.data {images.path} row {wrong}: label {int(labels[wrong])}, {network} has {classes} classes: "
+            "give the images this network was trained on, or run it in a job without evaluate"
+        )
     scores = replace(scores, top1_before=metrics.top_k(before, labels, 1), top1_after=metrics.top_k(after, labels, 1))
     if classes <= 5:
         return scores

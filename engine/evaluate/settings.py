@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class EvaluationSettings:
     """Whether top-5 is reported; it is measured and cached all the same."""
     seed: int = 0
     noise_count: int = NOISE_IMAGES
+    model: str = field(default="the network", compare=False)
+    """How error texts call the network; enters no key."""
 
     @property
     def batch_size(self) -> int:
@@ -75,6 +77,8 @@ def settings_for(
     preprocess = Preprocess.model_validate({name: getattr(preprocess, name) for name in Preprocess.model_fields})
     count = LARGE_NOISE_IMAGES if is_large(shape) else NOISE_IMAGES
     if evaluate is None:
-        return EvaluationSettings(shape, preprocess, seed=seed, noise_count=count)
+        return EvaluationSettings(shape, preprocess, seed=seed, noise_count=count, model=source.name)
     data = Path(folder or "", evaluate.data)
-    return EvaluationSettings(shape, preprocess, data, evaluate.limit, "top5" in evaluate.metrics, seed, count)
+    return EvaluationSettings(
+        shape, preprocess, data, evaluate.limit, "top5" in evaluate.metrics, seed, count, source.name
+    )

@@ -141,8 +141,9 @@ def test_a_torn_cache_is_made_anew(tmp_path, data):
 
 
 def test_a_label_outside_the_classes_names_its_row(tmp_path, data):
-    with pytest.raises(DataError, match=r"set\.parquet row 4: label 4, the network has 4 classes"):
-        evaluate(tmp_path, Counted(0, classes=4), Counted(1, classes=4), settings(data))
+    said = r"evaluate\.data .*set\.parquet row 4: label 4, resnet has 4 classes: give the images"
+    with pytest.raises(DataError, match=said):
+        evaluate(tmp_path, Counted(0, classes=4), Counted(1, classes=4), settings(data, model="resnet"))
 
 
 def test_another_number_of_classes_is_an_error(tmp_path, data):
