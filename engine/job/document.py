@@ -35,6 +35,10 @@ class Document:
         return self.lines.get(())
 
 
+class _TooLargeError(yaml.composer.ComposerError):
+    """More aliases or levels than a job file needs."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that gives up after ``MAX_ALIASES`` aliases and below ``MAX_DEPTH`` levels."""
 
@@ -53,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def _refuse(self, what: str) -> NoReturn:
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # bare in types-PyYAML
-        raise yaml.composer.ComposerError(None, None, what, mark)
+        raise _TooLargeError(None, None, what, mark)
 
 
 def path_text(path: FieldPath) -> str:
@@ -65,7 +69,13 @@ def path_text(path: FieldPath) -> str:
 def parse(path: Path) -> Document:
     """Read the YAML mapping in ``path``; JobFileError lists everything that keeps it from being one."""
     text = _text(path)
-    loader = _Loader(text)
+    try:
+        return _document(path, _Loader(text))
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise JobFileError(str(path), [_broken(error)]) from error
+
+
+def _document(path: Path, loader: _Loader) -> Document:
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
@@ -74,8 +84,6 @@ def parse(path: Path) -> Document:
         if problems:
             raise JobFileError(str(path), problems)
         return Document(str(path), loader.construct_document(root), lines)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise JobFileError(str(path), [_broken(error)]) from error
     finally:
         loader.dispose()
 
@@ -108,7 +116,16 @@ def _not_a_mapping(root: yaml.Node | None) -> Problem:
 def _broken(error: Exception) -> Problem:
     mark = getattr(error, "problem_mark", None)
     seen = getattr(error, "problem", None) or " ".join(str(error).split())
-    return Problem("(file)", seen, "plain YAML without tags", mark.line + 1 if mark else None)
+    at = f" at column {mark.column + 1}" if mark else ""
+    return Problem("(file)", f"{seen}{at}", _wanted(error, seen), mark.line + 1 if mark else None)
+
+
+def _wanted(error: Exception, seen: str) -> str:
+    if isinstance(error, _TooLargeError):
+        return "a job file within these bounds"
+    if isinstance(error, yaml.constructor.ConstructorError) and "tag" in seen:
+        return "YAML without tags"
+    return "valid YAML: check brackets, quotes, indentation and values there"
 
 
 def _walk(root: yaml.MappingNode) -> tuple[dict[FieldPath, int], list[Problem]]:

@@ -278,3 +278,29 @@ def test_a_path_that_is_no_file(tmp_path: Path):
     for path, value in ((tmp_path, "a folder"), (tmp_path / "none.yaml", "nothing there")):
         with pytest.raises(JobFileError, match=value):
             load_job(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1, 2\nb: 3\n", "line 2: (file): got expected ',' or ']', but got ':' at column 2; expected valid YAML:"),
+        ("a: 'x\n", "line 2: (file): got found unexpected end of stream at column 1; expected valid YAML:"),
+        (
+            "a: !foo 1\n",
+            "line 1: (file): got could not determine a constructor for the tag '!foo' at column 4; expected YAML",
+        ),
+        ("a: \0\n", "(file): got unacceptable character #x0000: special characters are not allowed"),
+        (
+            "a: " + "[" * 60,
+            "line 1: (file): got fields nested more than 50 deep at column 53; expected a job file within",
+        ),
+    ],
+)
+def test_broken_yaml_is_told_once_with_line_and_column(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(JobFileError) as caught:
+        load_job(file)
+    assert str(caught.value).startswith(f"{file}: {said}")
+    assert len(str(caught.value).splitlines()) == 1
+    assert ("without tags" in str(caught.value)) == ("!foo" in text)
