@@ -52,13 +52,13 @@ class NoCalibrator(Strict):
 
 
 class NormCalibrator(Strict):
-    """Statistics scale with the ratio of the quantized to the original row norm (methods.md, section 2)."""
+    """Statistics scale with the ratio of the quantized to the original row norm (docs/methods.md, "Calibrators")."""
 
     name: Literal["norm"] = Field("norm", description="Which calibrator.")
 
 
 class AnalyticCalibrator(Strict):
-    """Closed-form moments propagated through the graph; no images (methods.md, section 2)."""
+    """Closed-form moments propagated through the graph; no images (docs/methods.md, "Calibrators")."""
 
     name: Literal["analytic"] = Field("analytic", description="Which calibrator.")
     rho: float = Field(0.5, ge=0, le=1, description="Assumed correlation between the taps of one input channel.")
