@@ -124,13 +124,17 @@ def run(
 
 @app.command(epilog=_example("dfmpc plan jobs/quickstart.yaml"))
 @_guarded
-def plan(job: JobFile, output: Output = None, allow_code: AllowCode = None, as_json: AsJson = False) -> None:
-    """Show what JOB would run: tasks, bytes, predicted sizes and memory, free disk. Starts and writes nothing."""
+def plan(job: JobFile, output: Output = None, allow_code: AllowCode = None, as_json: AsJson = False) -> int:
+    """Show what JOB would run: tasks, bytes, predicted sizes and memory, free disk. Starts and writes nothing.
+
+    Exit code 3 where it found what would make a task fail.
+    """
     from .run.plan import make_plan  # noqa: PLC0415
     from .show import plan_json, plan_text  # noqa: PLC0415
 
     planned = make_plan(_load(job, output, allow_code), allow_code=tuple(allow_code or ()))
     print(plan_json(planned) if as_json else plan_text(planned))
+    return 3 if planned.problems else 0
 
 
 @app.command(epilog=_example("dfmpc status store/quickstart"))
@@ -144,32 +148,32 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     print(status_json(state) if as_json else status_text(state))
 
 
-@app.command(epilog=_example("dfmpc report store/quickstart --layers --only '*/rtn4'"))
+@app.command(epilog=_example("dfmpc report store/quickstart --layers --only '*/rtn-4'"))
 @_guarded
 def report(
     run: RunPath,
     layers: Annotated[bool, typer.Option("--layers", help="Also a row a layer.")] = False,
-    only: Annotated[str, typer.Option(metavar="MODEL/PLAN", help="Only tasks that match this pattern.")] = "*",
+    only: Annotated[str | None, typer.Option(metavar="MODEL/PLAN", help="Only tasks that match this pattern.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the report of RUN from its Parquet files."""
     from .run.store import find_run  # noqa: PLC0415
     from .show import read_report, report_json, report_text  # noqa: PLC0415
 
-    found = read_report(find_run(run).path, only=only, layers=layers)
+    found = read_report(find_run(run), only=only, layers=layers)
     print(report_json(found) if as_json else report_text(found))
 
 
-@app.command(epilog=_example("dfmpc inspect store/quickstart/artifacts/efficientnet-lite0/rtn4/0123456789ab"))
+@app.command(epilog=_example("dfmpc inspect store/quickstart/artifacts/efficientnet-lite0/rtn-4/*"))
 @_guarded
 def inspect(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact's folder.")], as_json: AsJson = False
 ) -> None:
     """Show an artifact's manifest, a layer a row."""
     from .artifact.manifest import read_manifest  # noqa: PLC0415
-    from .show import artifact_text  # noqa: PLC0415
+    from .show import artifact_text, existing_folder  # noqa: PLC0415
 
-    manifest = read_manifest(artifact)
+    manifest = read_manifest(existing_folder(artifact))
     print(manifest.to_json() if as_json else artifact_text(manifest), end="" if as_json else "\n")
 
 
@@ -177,7 +181,7 @@ def inspect(
 @_guarded
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT|RUN", help="An artifact, a run, or a store: its newest run.")
+        Path, typer.Argument(metavar="ARTIFACT|RUN|STORE", help="An artifact, or a run or a store: all of theirs.")
     ],
     as_json: AsJson = False,
 ) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UsageError
+from .job.expand import choose
 from .report.parts import read_layers, read_models
 from .report.rows import LayerRow, ModelRow
-from .report.tables import Table, TableColumn, layers_table, models_table, render, summary, to_json
+from .report.tables import Table, TableColumn, counted, layers_table, models_table, render, summary, to_json
 
 if TYPE_CHECKING:
     from .artifact.manifest import Manifest
@@ -20,13 +22,16 @@ if TYPE_CHECKING:
     from .run.plan import Plan
     from .run.scheduler import RunSummary
     from .run.status import RunStatus
+    from .run.store import RunFolder
 
 _MIB = 2**20
 
 
 def run_text(store: Path, ended: RunSummary) -> str:
     """Return the table of a run, its counts, and where artifacts and report lie."""
-    parts = [render(models_table(ended.rows)), summary(ended.rows), *ended.explanations]
+    parts = [render(models_table(ended.rows)), summary(ended.rows)]
+    if ended.explanations:
+        parts += ["why tasks were not reused:", *(f"  {line}" for line in ended.explanations)]
     return "\n".join([*parts, f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"])
 
 
@@ -57,7 +62,8 @@ def status_text(state: RunStatus) -> str:
     """Return the counts and a task a row."""
     names = ("done", "reused", "failed", "running", "waiting", "interrupted")
     counts = ", ".join(f"{getattr(state, name)} {name}" for name in names)
-    head = f"{state.run}\n{state.job}: {state.total} tasks: {counts}; {'finished' if state.finished else 'unfinished'}"
+    end = "finished" if state.finished else "unfinished"
+    head = f"{state.run}\n{state.job}: {counted(state.total, 'task')}: {counts}; {end}"
     return f"{head}\n{render(_table([replace(task, error=_first_line(task.error)) for task in state.tasks]))}"
 
 
@@ -68,28 +74,57 @@ def status_json(state: RunStatus) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``dfmpc report`` was asked for; ``layers`` is None where it was not."""
+    """What ``dfmpc report`` was asked for, in the job's order; ``layers`` is None where it was not."""
 
     run: Path
     models: list[ModelRow]
     layers: list[LayerRow] | None
+    rest: dict[str, int]
+    """How many of the tasks have no result, by status: waiting, running or interrupted."""
 
 
-def read_report(run: Path, *, only: str, layers: bool) -> Report:
-    """Read the rows of the tasks that match ``only`` (fnmatch over MODEL/PLAN); UsageError for a broken report."""
-    models = [row for row in read_models(run) if fnmatchcase(row.task, only)]
-    found = [row for row in read_layers(run) if fnmatchcase(row.task, only)] if layers else None
-    return Report(run, models, found)
+def read_report(run: RunFolder, *, only: str | None, layers: bool) -> Report:
+    """Read the rows of the tasks that match ``only`` (fnmatch over MODEL/PLAN).
+
+    Raises UsageError for a broken report and where no task of the run matches.
+    """
+    from .run.status import read_status  # noqa: PLC0415 - only report needs it
+
+    place = {task.id: number for number, task in enumerate(choose(run.frozen().tasks, only))}
+    models = sorted((row for row in read_models(run.path) if row.task in place), key=lambda row: place[row.task])
+    found = (row for row in read_layers(run.path) if row.task in place) if layers else ()
+    statuses = Counter(task.status for task in read_status(run.path).tasks if task.task in place)
+    return Report(
+        run=run.path,
+        models=models,
+        layers=sorted(found, key=lambda row: place[row.task]) if layers else None,
+        rest={name: statuses[name] for name in ("waiting", "running", "interrupted") if statuses[name]},
+    )
 
 
 def report_text(report: Report) -> str:
     """Return the tables of a report."""
-    if not report.models:
-        return f"{report.run}: no task has a row yet"
-    parts = [render(models_table(report.models)), summary(report.models)]
-    if report.layers is not None:
+    parts = [f"run: {report.run}"]
+    if report.models:
+        parts += [render(models_table(report.models)), summary(report.models)]
+    parts += _rest_lines(report.rest)
+    if report.layers:
         parts += ["", render(layers_table(report.layers))]
     return "\n".join(parts)
+
+
+def _rest_lines(rest: Mapping[str, int]) -> list[str]:
+    """Say what has no result yet; while a process is at the run there is nothing to resume."""
+    if running := rest.get("running"):
+        return [f"{counted(running, 'task')} running, {rest.get('waiting', 0)} waiting: see `dfmpc status`"]
+    lines = []
+    if interrupted := rest.get("interrupted"):
+        was = "was" if interrupted == 1 else "were"
+        lines.append(f"{counted(interrupted, 'task')} {was} interrupted: the same `dfmpc run` command resumes")
+    if waiting := rest.get("waiting"):
+        has = "has" if waiting == 1 else "have"
+        lines.append(f"{counted(waiting, 'task')} {has} not run: the same `dfmpc run` command resumes")
+    return lines
 
 
 def report_json(report: Report) -> str:
@@ -121,15 +156,29 @@ def artifact_text(manifest: Manifest) -> str:
 
 
 def verify_all(path: Path) -> list[VerifyResult]:
-    """Verify an artifact, or every artifact of a run; UsageError where ``path`` is neither."""
+    """Verify an artifact, every artifact of a run, or every one of a store; UsageError where ``path`` is none of them.
+
+    What the newest run of a store has in its report counts also where its folder has gone.
+    """
     from .artifact.manifest import MANIFEST  # noqa: PLC0415 - brings in torch
-    from .artifact.verify import verify  # noqa: PLC0415
+    from .artifact.verify import find_artifacts, verify  # noqa: PLC0415
     from .run.store import find_run  # noqa: PLC0415
 
+    existing_folder(path)
     if (path / MANIFEST).is_file() or (path / "model.safetensors").is_file():
         return [verify(path)]
     run = find_run(path)
-    return [verify(run.store.root / row.artifact) for row in read_models(run.path) if row.artifact is not None]
+    folders = {run.store.root / row.artifact for row in read_models(run.path) if row.artifact is not None}
+    if run.path != path:
+        folders |= set(find_artifacts(path))
+    return [verify(folder) for folder in sorted(folders)]
+
+
+def existing_folder(path: Path) -> Path:
+    """Return ``path``; UsageError where it is no folder, which is a slip of the pen and no broken artifact."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder: give one that `dfmpc run` has written")
+    return path
 
 
 def verified_text(results: Sequence[VerifyResult]) -> str:
@@ -137,7 +186,7 @@ def verified_text(results: Sequence[VerifyResult]) -> str:
     lines = [f"{'bad' if one.findings else 'good'}  {one.path}" for one in results]
     findings = [f"{one.path}: {finding}" for one in results for finding in one.findings]
     bad = sum(bool(one.findings) for one in results)
-    return "\n".join([*lines, *findings, f"{len(results)} artifacts checked, {bad} bad"])
+    return "\n".join([*lines, *findings, f"{counted(len(results), 'artifact')} checked, {bad} bad"])
 
 
 def verified_json(results: Sequence[VerifyResult]) -> str:

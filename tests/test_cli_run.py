@@ -88,6 +88,8 @@ def _check_only_and_retry(bench: Any, job: Path, run: Path) -> None:
     assert "--only 'nobody/*' matches no task; the tasks are good/mp, good/r4, missing/mp" in nothing.stderr
     one = call("run", job, "--only", "*/mp", "--json")
     assert [row["status"] for row in json.loads(one.stdout)["models"]] == ["reused", "failed"]
+    assert call("verify", bench.store).stdout.endswith("\n2 artifacts checked, 0 bad\n"), "of all runs"
+    assert call("verify", json.loads(one.stdout)["run"]).stdout.endswith("\n1 artifact checked, 0 bad\n")
 
     bench.checkpoint("absent", bench.state())
     again = call("run", job, "--retry-failed", "--json")
