@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from inspect import Signature, getdoc, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +38,21 @@ class _CallablePackage(ModuleType):
     """A sub-package that bears a function's name: calling it calls the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self._function())
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]  # a text elsewhere; here it is looked up when it is asked for
+        function = self._function()
+        return f"{function.__name__}{signature(function)}\n\n{getdoc(function)}"
+
+    def _function(self) -> Callable[..., Any]:
         name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(_HOMES[name], __name__), name)(*args, **kwargs)
+        function: Callable[..., Any] = getattr(import_module(_HOMES[name], __name__), name)
+        return function
 
 
 class _Package(ModuleType):

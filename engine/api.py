@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from .compress.compress import compress_model
@@ -15,13 +14,11 @@ from .compress.result import Compressed
 from .errors import NonFiniteError, UsageError
 from .job.expand import ModelSource
 from .job.loader import load_job
-from .job.methods import BitPlan
+from .job.plan import plan_from
 from .models.capture import capture
 from .models.factory import AllowList
 from .models.load import LoadedModel
 from .run.scheduler import RunOptions, RunSummary, run_job
-
-_PLAN: TypeAdapter[Any] = TypeAdapter(BitPlan)
 
 
 def run(job: str | Path, *, output: str | None = None, **options: Any) -> RunSummary:
@@ -63,7 +60,7 @@ def compress(module: nn.Module, input_shape: Sequence[int], *, device: str = "cp
         model.load_state_dict(compressed.changed(), strict=False)
 
     """
-    chosen = _plan(plan)
+    chosen = plan_from(plan)
     model = copy.deepcopy(module).cpu().eval().requires_grad_(False)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
@@ -75,11 +72,3 @@ def compress(module: nn.Module, input_shape: Sequence[int], *, device: str = "cp
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     loaded = LoadedModel(source, model, capture(model, shape), state, shape, size)
     return compress_model(loaded, chosen, (), device)
-
-
-def _plan(fields: dict[str, Any]) -> Any:
-    try:
-        return _PLAN.validate_python({"name": "plan", **fields})
-    except ValidationError as error:
-        said = "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors())
-        raise UsageError(f"compress() got no valid bit-plan: {said}") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
+import pydoc
 import resource
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -337,6 +340,21 @@ def test_an_altered_artifact_is_made_anew(bench: Any, capfd: pytest.CaptureFixtu
         assert "model.safetensors: sha256 " in said
 
 
+_BAD_PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"method": "rtn", "bits": 99}, "bits: got 99; expected less than or equal to 8"),
+    ({"method": "dfmpc", "lo": 2}, "lo: got an unknown field; expected 'low' (did you mean that?)"),
+    ({"low": 2}, "method: got nothing; expected one of 'dfmpc', 'rtn' (the field is required)"),
+]
+
+
+def test_functions_that_are_packages_too_have_their_help(bench: Any) -> None:
+    dfmpc.compress(_network(bench), [1, 3, 16, 16], method="rtn", bits=4)
+    assert isinstance(dfmpc.compress, types.ModuleType)
+    assert list(inspect.signature(dfmpc.compress).parameters) == ["module", "input_shape", "device", "plan"]
+    assert str(inspect.getdoc(dfmpc.compress)).startswith("compress(module: ")
+    assert "Compress a network in memory" in pydoc.render_doc(dfmpc.compress)
+
+
 def test_the_python_functions_run_a_job_and_compress_a_network_in_memory(bench: Any) -> None:
     network = _network(bench)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -348,8 +366,10 @@ def test_the_python_functions_run_a_job_and_compress_a_network_in_memory(bench: 
         "11": 6,
     }
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    with pytest.raises(dfmpc.errors.UsageError, match=r"compress\(\) got no valid bit-plan: .*bits"):
-        dfmpc.compress(network, [1, 3, 16, 16], method="rtn", bits=99)
+    for fields, said in _BAD_PLANS:
+        with pytest.raises(dfmpc.errors.UsageError) as caught:
+            dfmpc.compress(network, [1, 3, 16, 16], **fields)
+        assert str(caught.value) == f"compress() got no valid bit-plan: {said}"
     with pytest.raises(dfmpc.errors.UsageError, match=r"run\(\) got colour; the options are output, only"):
         dfmpc.run("job.yaml", colour="red")
     summary = dfmpc.run(bench.job([bench.model("good")], [R2]), output=str(bench.folder / "else"), progress=False)
