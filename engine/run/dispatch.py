@@ -28,7 +28,11 @@ EXIT_GRACE_S = 2.0
 
 
 class Dispatcher:
-    """Runs groups of tasks on slots. ``rows`` has the row of every task that ended, by task id."""
+    """Runs groups of tasks on slots. ``rows`` has the row of every task that ended, by task id.
+
+    ``settled`` are the tasks that need no further attempt; a task can be settled without a row here, where its worker
+    kept the outcome but could not say so.
+    """
 
     def __init__(
         self, run: RunFolder, slots: Sequence[Slot], ledger: Ledger, progress: Progress, timeout_s: float | None
@@ -37,6 +41,7 @@ class Dispatcher:
         self._timeout_s = timeout_s
         self._queue: deque[list[Task]] = deque()
         self.rows: dict[str, ModelRow] = {}
+        self.settled: set[str] = set()
         self.explanations: list[str] = []
 
     def work(self, groups: Sequence[list[Task]], interrupts: Interrupts) -> None:
@@ -45,10 +50,10 @@ class Dispatcher:
         try:
             while interrupts.received is None and (self._queue or any(slot.busy for slot in self._slots)):
                 self._hand_out()
+                self._progress.running([slot.pending[0].id for slot in self._slots if slot.pending])
                 self._await(interrupts.fd)
                 self._enforce_limit()
-                self._progress.running([slot.pending[0].id for slot in self._slots if slot.pending])
-            if interrupts.received is not None:
+            if self._queue or any(slot.busy for slot in self._slots):
                 self._interrupt()
         finally:
             for slot in self._slots:
@@ -158,12 +163,16 @@ class Dispatcher:
         return type(error)(f"{error}; its log is {log.relative_to(self._run.path)} in the run's folder")
 
     def _finished_meanwhile(self, started: Started) -> bool:
-        """Tell whether a worker kept its outcome but died before it could say so."""
+        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then."""
         state = fold(self._run).get(started.task)
-        return state is not None and state.settled and state.attempt == started.attempt
+        if state is None or not state.settled or state.attempt != started.attempt:
+            return False
+        self.settled.add(started.task)
+        return True
 
     def _settled(self, row: ModelRow) -> None:
         self.rows[row.task] = row
+        self.settled.add(row.task)
         self._progress.finished(row.task)
         if row.status == "failed":
             self._progress.note(f"{row.task} failed: {row.error_class}")  # the text comes in the end

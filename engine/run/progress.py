@@ -18,6 +18,7 @@ class Progress:
     def __init__(self, weights: Mapping[str, int], *, shown: bool) -> None:
         self._weights, self._done_tasks, self._done_bytes = weights, 0, 0
         self._total = sum(weights.values())
+        self._tasks: list[str] = []
         self._lines = shown and not sys.stderr.isatty()
         self._due = time.monotonic() + INTERVAL_S
         self._bar = tqdm(
@@ -30,8 +31,10 @@ class Progress:
         return max(0.0, self._due - time.monotonic()) if self._lines else None
 
     def running(self, tasks: list[str]) -> None:
-        """Show which tasks are at work; writes a line where one is due."""
-        self._bar.set_postfix_str(" ".join(tasks), refresh=False)
+        """Show which tasks are at work, on a bar at once; writes a line where one is due."""
+        if tasks != self._tasks:
+            self._tasks = tasks
+            self._bar.set_postfix_str(" ".join(tasks), refresh=True)
         if self._lines and time.monotonic() >= self._due:
             self._due = time.monotonic() + INTERVAL_S
             self.note(f"{self._counts()}; at work: {', '.join(tasks) or 'none'}")

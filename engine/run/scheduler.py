@@ -13,6 +13,7 @@ from ..job.expand import Task, choose, expand
 from ..job.loader import LoadedJob
 from ..report.parts import read_models
 from ..report.rows import ModelRow
+from ..report.tables import counted
 from .devices import device_slots
 from .dispatch import Dispatcher
 from .interrupts import Interrupts
@@ -73,7 +74,7 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     with Interrupts() as interrupts:
         dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
-    summary = _summary(joined, frozen, dispatcher, interrupts, options)
+        summary = _summary(joined, frozen, dispatcher, options)
     for text in summary.unmatched:
         print(f"dfmpc: warning: {text}", file=sys.stderr)
     return summary
@@ -114,15 +115,17 @@ def _carry_out(
     progress = Progress(sizes, shown=options.progress)
     dispatcher = Dispatcher(joined.run, make_slots(devices, settings), ledger, progress, resources.task_timeout)
     try:
+        if joined.resumed:
+            progress.note(f"goes on with run {joined.run.path}: {counted(len(joined.open_tasks), 'task')} to do")
         sweep_leftovers(joined.run.store, progress)
         dispatcher.record(Event(Kind.RUN_STARTED))
         groups = _refuse_large(dispatcher, grouped(joined.open_tasks, sizes), sizes, resources.host_memory)
         dispatcher.work(groups, interrupts)
-        if interrupts.received is None:
-            dispatcher.record(Event(Kind.RUN_FINISHED))
-        else:
+        if _left(joined, dispatcher):
             sweep_leftovers(joined.run.store, progress)
             progress.note(_interrupted_text(joined, dispatcher, interrupts))
+        else:  # a signal that comes after the last task interrupts nothing
+            dispatcher.record(Event(Kind.RUN_FINISHED))
     finally:
         progress.close()
         ledger.close()
@@ -157,28 +160,31 @@ def _refuse_large(
     return fitting
 
 
+def _left(joined: JoinedRun, dispatcher: Dispatcher) -> int:
+    return sum(task.id not in dispatcher.settled for task in joined.open_tasks)
+
+
 def _interrupted_text(joined: JoinedRun, dispatcher: Dispatcher, interrupts: Interrupts) -> str:
-    left = len(joined.open_tasks) - sum(row.status != "interrupted" for row in dispatcher.rows.values())
+    left = counted(_left(joined, dispatcher), "task")
     error = InterruptedRunError(
-        f"interrupted by {interrupts.received} with {left} tasks left; what is finished is kept, "
+        f"interrupted by {interrupts.received} with {left} left; what is finished is kept, "
         f"the same command resumes {joined.run.path}"
     )
     return str(error)
 
 
-def _summary(
-    joined: JoinedRun, frozen: FrozenRun, dispatcher: Dispatcher, interrupts: Interrupts, options: RunOptions
-) -> RunSummary:
+def _summary(joined: JoinedRun, frozen: FrozenRun, dispatcher: Dispatcher, options: RunOptions) -> RunSummary:
+    interrupted = _left(joined, dispatcher) > 0
     # a row that a full disk kept out of the report is still in memory
     rows = {row.task: row for row in read_models(joined.run.path)} | dispatcher.rows
     ordered = [rows[task.id] for task in frozen.tasks if task.id in rows]
     return RunSummary(
         run=joined.run.path,
         rows=ordered,
-        exit_code=InterruptedRunError.exit_code if interrupts.received else exit_code_of(ordered),
+        exit_code=InterruptedRunError.exit_code if interrupted else exit_code_of(ordered),
         explanations=dispatcher.explanations if options.explain else [],
         resumed=joined.resumed,
-        unmatched=[] if interrupts.received else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
+        unmatched=[] if interrupted else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
     )
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dfmpc.job.loader import load_job
+from dfmpc.run.progress import Progress
+from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 
 PLANS: list[dict[str, object]] = [{"name": "r4", "method": "rtn", "bits": 4}]
@@ -57,7 +60,7 @@ def test_an_interrupted_command_exits_75_and_resumes(bench: Any, number: signal.
     command.send_signal(number)
     out, err = command.communicate(timeout=LIMIT_S)
     assert command.returncode == 75
-    assert f"interrupted by {number.name} with 1 tasks left" in err
+    assert f"interrupted by {number.name} with 1 task left" in err
     assert "the same command resumes" in err
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
@@ -71,10 +74,22 @@ def test_an_interrupted_command_exits_75_and_resumes(bench: Any, number: signal.
     resumed = _command(job)
     out, err = resumed.communicate(timeout=LIMIT_S)
     assert resumed.returncode == 0, err
+    assert f"dfmpc: goes on with run {status.run}: 1 task to do\n" in err
     after = {row["task"]: row for row in json.loads(out)["models"]}
     assert {row["status"] for row in after.values()} == {"done"}
     assert after["first/r4"] == before["first/r4"]
     assert [run.name for run in (bench.store / "runs").iterdir()] == [status.run.name]
+
+
+def test_a_signal_after_the_last_task_interrupts_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finished_then_signalled(self: Progress, task: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "finished", finished_then_signalled)
+    job = bench.job([bench.model("only")], PLANS, resources={"devices": "cpu"})
+    summary = run_job(load_job(job, allows=lambda _: True), RunOptions(progress=False))
+    assert ([row.status for row in summary.rows], summary.exit_code) == (["done"], 0)
+    assert read_status(bench.store).finished
 
 
 def test_a_killed_scheduler_takes_its_workers_along_and_leaves_a_run_that_says_so(bench: Any) -> None:

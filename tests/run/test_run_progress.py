@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from dfmpc.run import progress
 from dfmpc.run.process import describe_exit
@@ -26,6 +28,17 @@ def test_without_a_terminal_a_line_comes_every_thirty_seconds(
     assert capsys.readouterr().err == "dfmpc: 1 of 2 tasks, 3 of 8 MiB; at work: b/p\n"
     assert shown.wait_s == 30.0
     shown.close()
+
+
+def test_a_bar_shows_the_running_task_before_any_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    shown = Progress({"a/p": MIB}, shown=True)
+    shown.running(["a/p"])
+    said = terminal.getvalue()
+    shown.close()
+    assert "a/p" in said
 
 
 def test_switched_off_it_still_says_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
