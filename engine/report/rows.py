@@ -40,7 +40,9 @@ class ModelRow:
     error_class: Annotated[str | None, Column("Class of the error of a failed task.")] = None
     error: Annotated[str | None, Column("Text of the error.")] = None
     params: Annotated[int | None, Column("Weights and other parameters of the model.", "count")] = None
-    pairs: Annotated[int | None, Column("Pairs of a LOW and a HIGH layer.", "count")] = None
+    pairs: Annotated[
+        int | None, Column("Pairs of a LOW and a HIGH layer; 0 for rtn, which repairs nothing.", "count")
+    ] = None
     bytes_before: Annotated[int | None, Column("Size of the checkpoint's files.", "bytes")] = None
     bytes_after: Annotated[int | None, Column("Size of the artifact's files.", "bytes")] = None
     ratio: Annotated[float | None, Column("bytes_before / bytes_after.")] = None

@@ -56,7 +56,7 @@ def models_table(rows: Sequence[ModelRow]) -> Table:
         (TableColumn("top-5 %\nbefore"), lambda row: _number(row.top5_before, 2)),
         (TableColumn("top-5 %\nafter"), lambda row: _number(row.top5_after, 2)),
         (TableColumn("agree"), lambda row: _number(row.agreement, 3)),
-        (TableColumn("SQNR\ndB"), lambda row: _number(row.logit_sqnr_db, 1)),
+        (TableColumn("logit\nSQNR\ndB"), lambda row: _number(row.logit_sqnr_db, 1)),
         (TableColumn("gate", right=False), lambda row: "" if row.gate in (None, "none") else str(row.gate)),
         (TableColumn("time\ns"), lambda row: _number(_seconds(row), 1)),
     ]
@@ -75,7 +75,7 @@ def layers_table(rows: Sequence[LayerRow]) -> Table:
         (TableColumn("bits"), lambda row: _number(row.bits, 0)),
         (TableColumn("grid", right=False), lambda row: row.grid or ""),
         (TableColumn("scale a", right=False), lambda row: row.granularity or ""),
-        (TableColumn("SQNR\ndB"), lambda row: _number(row.sqnr_db, 1)),
+        (TableColumn("weights\nSQNR dB"), lambda row: _number(row.sqnr_db, 1)),
         (TableColumn("zeros\n%"), lambda row: _number(row.sparsity, 1, 0.01)),
         (TableColumn("c\nmin"), lambda row: _number(row.c_min, 3)),
         (TableColumn("c\nmean"), lambda row: _number(row.c_mean, 3)),

@@ -42,10 +42,11 @@ FULL = model_row(
 def test_a_table_of_models_as_text():
     failed = model_row(plan="rtn4", status="failed", error_class="NonFiniteError", error="conv1.weight: NaN\nat …")
     assert render(models_table([FULL, failed])).split("\n") == [
-        "                         MiB    MiB         bits a  top-1 %  top-1 %         SQNR        time",
-        "model  plan   status  before  after  ratio  weight   before    after  agree    dB  gate     s",
-        "-----  -----  ------  ------  -----  -----  ------  -------  -------  -----  ----  ----  ----",
-        "net    mp2-6  done      3.00   0.50   6.00    3.46    91.48    64.90  0.679   5.2  pass  12.0",
+        "                                                                             logit",
+        "                         MiB    MiB         bits a  top-1 %  top-1 %          SQNR        time",
+        "model  plan   status  before  after  ratio  weight   before    after  agree     dB  gate     s",
+        "-----  -----  ------  ------  -----  -----  ------  -------  -------  -----  -----  ----  ----",
+        "net    mp2-6  done      3.00   0.50   6.00    3.46    91.48    64.90  0.679    5.2  pass  12.0",
         "net    rtn4   failed",
         "",
         "net/rtn4 failed: NonFiniteError: conv1.weight: NaN",
@@ -100,10 +101,10 @@ def test_a_table_of_layers_as_text():
     kept = layer_row("fc", role="kept", shape=(10, 64), reason="keep: true")
     lines = render(layers_table([low, kept])).split("\n")
     assert [line[:56] for line in lines] == [
-        "                                               SQNR  zer",
-        "layer  role  shape     bits  grid     scale a    dB     ",
-        "-----  ----  --------  ----  -------  -------  ----  ---",
-        "conv1  low   16x3x3x3     2  ternary  channel   7.5   45",
+        "                                               weights  ",
+        "layer  role  shape     bits  grid     scale a  SQNR dB  ",
+        "-----  ----  --------  ----  -------  -------  -------  ",
+        "conv1  low   16x3x3x3     2  ternary  channel      7.5  ",
         "fc     kept  10x64                                      ",
     ]
     assert lines[1].split()[-7:] == ["folded", "old", "sd", "ms", "partners", "or", "reason"]
