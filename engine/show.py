@@ -36,12 +36,13 @@ def run_text(store: Path, ended: RunSummary) -> str:
 
 
 def run_json(store: Path, ended: RunSummary) -> str:
-    """Return the same as a document with run, store, exit_code, explanations and models (Parquet's names)."""
+    """Return the same as a document: run, store, exit_code, explanations, unmatched, models (Parquet's names)."""
     return _document(
         run=str(ended.run),
         store=str(store),
         exit_code=ended.exit_code,
         explanations=ended.explanations,
+        unmatched=ended.unmatched,
         models=json.loads(to_json(ended.rows)),
     )
 
