@@ -11,7 +11,7 @@ from dfmpc.kernels.formats import CodeFormat, Grid
 from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
 from ..errors import ArtifactError
-from ..job.methods import Strict
+from ..job.fields import Strict
 from ..models.graph import Layer, Op
 
 FORMAT_VERSION = 1

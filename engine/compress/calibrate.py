@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..job.methods import AnalyticCalibrator, NoCalibrator, NormCalibrator
+from ..job.calibrators import AnalyticCalibrator, NoCalibrator, NormCalibrator
 from ..models.graph import Layer
 from .gaussian import Moments
 from .state import State, image_state

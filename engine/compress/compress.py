@@ -12,7 +12,8 @@ from dfmpc.kernels.formats import Quantized
 from torch import Tensor
 
 from ..errors import NonFiniteError, UnsupportedModelError
-from ..job.methods import DfmpcPlan, NoCalibrator, RtnPlan
+from ..job.calibrators import NoCalibrator
+from ..job.methods import DfmpcPlan, RtnPlan
 from ..job.schema import LayerRule
 from ..models.graph import Layer, Pair, Pairing
 from ..models.load import LoadedModel

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import Problem
 from .document import Document, FieldPath, path_text
-from .methods import BitPlan, Name
+from .fields import Name
+from .methods import BitPlan
 from .schema import Evaluate, ModelSpec, Selector
 from .sources import model_sources, selected
 

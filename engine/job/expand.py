@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from pydantic import Field
 
 from ..errors import JobFileError, Problem, UsageError
+from .fields import Strict
 from .loader import LoadedJob
-from .methods import BitPlan, Strict
+from .methods import BitPlan
 from .schema import LayerRule
 from .sources import ModelSource, model_sources, selected
 

@@ -2,87 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-Bits = Annotated[int, Field(ge=2, le=8)]
-
-
-class Strict(BaseModel):
-    """Base of every part of a job file: unknown fields are errors, instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _check_name(value: str) -> str:
-    if len(value) > 128 or ".." in value or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", value):
-        raise ValueError("expected 1 to 128 letters, digits, '.', '_', '-' or '+', no '..' and no '.' in front")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_check_name)]
-"""A name that becomes a folder."""
-
-
-def _check_granularity(value: str) -> str:
-    if value in ("tensor", "channel"):
-        return value
-    match = re.fullmatch(r"group:(\d+)", value)
-    if not match or int(match.group(1)) < 8 or int(match.group(1)) % 8:
-        raise ValueError("expected 'tensor', 'channel' or 'group:N' with N a multiple of 8")
-    return value
-
-
-Granularity = Annotated[str, AfterValidator(_check_granularity)]
-
-
-class RoleGranularity(Strict):
-    """A granularity for each role."""
-
-    low: Granularity = Field("channel", description="Of the LOW layers.")
-    high: Granularity = Field("channel", description="Of the HIGH and unpaired layers.")
-
-
-class NoCalibrator(Strict):
-    """BatchNorm statistics stay as they are."""
-
-    name: Literal["none"] = Field("none", description="Which calibrator.")
-
-
-class NormCalibrator(Strict):
-    """Statistics scale with the ratio of the quantized to the original row norm (docs/methods.md, "Calibrators")."""
-
-    name: Literal["norm"] = Field("norm", description="Which calibrator.")
-
-
-class AnalyticCalibrator(Strict):
-    """Closed-form moments propagated through the graph; no images (docs/methods.md, "Calibrators")."""
-
-    name: Literal["analytic"] = Field("analytic", description="Which calibrator.")
-    rho: float = Field(0.5, ge=0, le=1, description="Assumed correlation between the taps of one input channel.")
-    tau: float | None = Field(
-        1.0, gt=0, description="Noise of the identity that refines the input means; null leaves them unrefined."
-    )
-
-
-Calibrator = Annotated[NoCalibrator | NormCalibrator | AnalyticCalibrator, Field(discriminator="name")]
-
-
-def _calibrator_from_name(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-_NAME_OR_MAPPING = BeforeValidator(
-    _calibrator_from_name, json_schema_input_type=Calibrator | Literal["none", "norm", "analytic"]
-)
-
-
-class Plan(Strict):
-    """What every bit-plan has."""
-
-    name: Name = Field(description="Name of the plan; becomes a folder, so letters, digits, '.', '_', '-' and '+'.")
+from .calibrators import NAME_OR_MAPPING, AnalyticCalibrator, Calibrator
+from .fields import Bits, Granularity, Plan, RoleGranularity
 
 
 class DfmpcPlan(Plan):
@@ -97,7 +22,7 @@ class DfmpcPlan(Plan):
     recipe: Literal["auto", "published"] = Field(
         "auto", description="published: the paper's steps with the named calibrator; auto: the best one known."
     )
-    calibrator: Annotated[Calibrator, _NAME_OR_MAPPING] = Field(
+    calibrator: Annotated[Calibrator, NAME_OR_MAPPING] = Field(
         default=AnalyticCalibrator(),
         description="How BatchNorm statistics are re-estimated without data: none, norm, analytic, or a mapping.",
     )

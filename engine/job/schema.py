@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from .methods import BitPlan, Bits, Granularity, Name, Strict
+from .fields import Bits, Granularity, Name, Strict
+from .methods import BitPlan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|B)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)")

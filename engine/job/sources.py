@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from .methods import Strict
+from .fields import Strict
 from .schema import Evaluate, ModelSpec, Preprocess, Selector
 
 

@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError
 
 from ..errors import StorageError, UsageError
 from ..job.expand import Task
+from ..job.fields import Strict
 from ..job.loader import LoadedJob
-from ..job.methods import Strict
 from ..job.schema import Evaluate, Gates, Resources
 
 

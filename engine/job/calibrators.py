@@ -1,0 +1,43 @@
+"""The options of every calibrator: how norm statistics of a quantized network are re-estimated without data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .fields import Strict
+
+
+class NoCalibrator(Strict):
+    """BatchNorm statistics stay as they are."""
+
+    name: Literal["none"] = Field("none", description="Which calibrator.")
+
+
+class NormCalibrator(Strict):
+    """Statistics scale with the ratio of the quantized to the original row norm (docs/methods.md, "Calibrators")."""
+
+    name: Literal["norm"] = Field("norm", description="Which calibrator.")
+
+
+class AnalyticCalibrator(Strict):
+    """Closed-form moments propagated through the graph; no images (docs/methods.md, "Calibrators")."""
+
+    name: Literal["analytic"] = Field("analytic", description="Which calibrator.")
+    rho: float = Field(0.5, ge=0, le=1, description="Assumed correlation between the taps of one input channel.")
+    tau: float | None = Field(
+        1.0, gt=0, description="Noise of the identity that refines the input means; null leaves them unrefined."
+    )
+
+
+Calibrator = Annotated[NoCalibrator | NormCalibrator | AnalyticCalibrator, Field(discriminator="name")]
+
+
+def _calibrator_from_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+NAME_OR_MAPPING = BeforeValidator(
+    _calibrator_from_name, json_schema_input_type=Calibrator | Literal["none", "norm", "analytic"]
+)
