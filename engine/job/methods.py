@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .budget import SizedPlan
 from .calibrators import NAME_OR_MAPPING, AnalyticCalibrator, Calibrator
 from .fields import Bits, Granularity, Plan, RoleGranularity
 
 
-class DfmpcPlan(Plan):
+class DfmpcPlan(SizedPlan):
     """DF-MPC (arXiv 2307.00498): LOW layers get few bits, per-channel coefficients let the HIGH layers repair them."""
 
     method: Literal["dfmpc"] = Field(description="Which method.")
