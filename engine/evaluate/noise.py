@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..compress.priors.noise import one_over_f
 from ..errors import DataError
 
 NOISE_VERSION = 2
@@ -43,8 +44,8 @@ def noise_images(
     channels, space = shape[0], tuple(shape[1:])
     each = (count, 1, *[1] * len(space))
     slopes = _between(SLOPES, each, generator)
-    own = _one_over_f(slopes, channels, space, generator)
-    common = _one_over_f(slopes, 1, space, generator)
+    own = one_over_f(slopes, channels, space, generator)
+    common = one_over_f(slopes, 1, space, generator)
     mixed = COLOUR_CORRELATION**0.5 * common + (1 - COLOUR_CORRELATION) ** 0.5 * own
     axes = tuple(range(1, mixed.dim()))
     spread = mixed.std(axes, keepdim=True, correction=0).clamp_min(1e-12)
@@ -66,24 +67,6 @@ def _normalised(
     if mean is None or std is None:
         return pixels.sub_(pixels.mean()).div_(pixels.std()).float()
     return pixels.sub_(_a_channel(mean, shape)).div_(_a_channel(std, shape)).float()
-
-
-def _one_over_f(slopes: Tensor, channels: int, space: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Noise float64 [N, channels, *space] whose amplitude falls as 1/f to the power of ``slopes`` [N, 1, ...]."""
-    white = torch.randn((len(slopes), channels, *space), generator=generator, dtype=torch.float64)
-    if not space:
-        return white
-    axes = tuple(range(2, 2 + len(space)))
-    squares = torch.zeros((), dtype=torch.float64)
-    for axis, size in enumerate(space):
-        last = axis == len(space) - 1
-        steps = torch.fft.rfftfreq(size) if last else torch.fft.fftfreq(size)
-        squares = squares + steps.double().square().reshape([-1 if i == axis else 1 for i in range(len(space))])
-    # The constant term gets the amplitude of the lowest frequency.
-    amplitude = squares.sqrt().clamp_min(1 / max(space)).pow(-slopes)
-    power = amplitude.square().mean(axes, keepdim=True).sqrt()
-    shaped: Tensor = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) * amplitude, s=space, dim=axes)
-    return shaped.div_(power)
 
 
 def _a_channel(values: Sequence[float], shape: Sequence[int]) -> Tensor:
