@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, UsageError
+from .fractal import fractal_pixels
 from .leaves import leaves_pixels
 from .noise import noise_pixels
 
@@ -16,6 +17,7 @@ PRIORS_VERSION = 1
 PIXEL_PRIORS: dict[str, Callable[[int, tuple[int, int, int], torch.Generator], Tensor]] = {
     "noise": noise_pixels,
     "leaves": leaves_pixels,
+    "fractal": fractal_pixels,
 }
 """What makes [n, C, H, W] float64 pixels, by the prior's name."""
 _PORTION = 2**18
