@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .dequantize import dequantize as dequantize
+from .feedback import feedback_round as feedback_round
 from .formats import CodeFormat as CodeFormat
 from .formats import Grid as Grid
 from .formats import Quantized as Quantized

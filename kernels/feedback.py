@@ -10,14 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ._triton import jit, tl
 from .formats import Grid
+from .launch import LaunchShape, on_device, power_of_two_above, use_triton
 
 BLOCK = 128
 """Columns between two matmuls on a device."""
 SUB = 16
 """Columns between two matmuls in the reference."""
+TILE = 512
+"""Elements a program holds of each of its three tiles; one warp, so that no column has to cross warps."""
+
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,19 @@ class Steps:
     low: int
     high: int
 
+    @property
+    def inverse(self) -> Tensor:
+        """1/step; 0 where the step is, so that such rows have one value."""
+        largest = torch.finfo(torch.float32).max
+        return torch.where(self.step > 0, 1.0 / self.step, 0.0).clamp_(max=largest)
+
 
 def grid_steps(grid: Grid, bits: int, scale: Tensor, zero_point: Tensor | None) -> Steps:
-    """Return the steps of ``grid`` for float32 scales of any shape; a ternary grid is uniform too, with u in 0..2."""
+    """Return the steps of ``grid`` for float32 scales of any shape; a ternary grid is uniform too, with u in 0..2.
+
+    Raises:
+        ValueError: the asymmetric grid without a zero point.
+    """
     if grid is Grid.TERNARY:
         return Steps(scale, torch.ones_like(scale), 0, 2)
     levels, middle = 2**bits - 1, 2 ** (bits - 1)
@@ -45,76 +62,64 @@ def grid_steps(grid: Grid, bits: int, scale: Tensor, zero_point: Tensor | None) 
     return Steps(scale, zero_point, 0, levels)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The weight as columns, [batch, length, rows]; with one scale a row in units of its step, so that u = rint(y)."""
-
-    y: Tensor
-    low: int
-    high: int
-    step: Tensor | None = None
-    """float32 [batch, length, rows] where groups of columns have steps of their own; then y is the weight itself."""
-    offset: Tensor | None = None
-    """float32, the step's shape."""
-
-
-def _columns(weight: Tensor, steps: Steps, group: Tensor | None) -> _Columns:
-    if group is None:
-        y = torch.where(steps.step > 0, weight / steps.step, 0.0).add_(steps.offset)
-        return _Columns(y.mT.contiguous(), steps.low, steps.high)
-    where = group[:, :, None].expand(-1, -1, weight.shape[1])
-    step, offset = (torch.gather(tensor.mT, 1, where) for tensor in (steps.step, steps.offset))
-    return _Columns(weight.mT.contiguous(), steps.low, steps.high, step, offset)
-
-
 def _check(weight: Tensor, factor: Tensor, scale: Tensor, group: Tensor | None) -> None:
     batch, rows, length = weight.shape
     if weight.dtype is not torch.float32 or factor.dtype is not torch.float32:
         raise ValueError(f"weight is {weight.dtype}, factor {factor.dtype}; expected float32")
     if factor.shape != (batch, length, length):
         raise ValueError(f"factor has shape {tuple(factor.shape)}; expected {(batch, length, length)}")
-    if scale.shape[:2] != (batch, rows) or (group is None and scale.shape[2] != 1):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; expected {(batch, rows)} and the groups of `group`")
+    if scale.dim() != 3 or scale.shape[:2] != (batch, rows) or (group is None and scale.shape[2] != 1):
+        wanted = f"[{batch}, {rows}, groups], with one group where `group` is None"
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; expected {wanted}")
+
+
+def _in_steps(weight: Tensor, steps: Steps, group: Tensor | None) -> Tensor:
+    """With one scale a row, y = w/step + offset, so that u = rint(y) and losses count in steps; else w itself."""
+    return weight if group is not None else weight * steps.inverse + steps.offset
 
 
 class _Sweep:
-    """The state of one sweep in NumPy: a call costs a third of torch's on columns of a few hundred rows."""
+    """The state of one sweep; columns lead, [length, batch, rows], and are NumPy's: a call costs a third of torch's."""
 
-    def __init__(self, columns: _Columns, factor: Tensor) -> None:
-        self.columns, self.factor = columns, factor
-        self.lost, self.level = torch.empty_like(columns.y), torch.empty_like(columns.y)
-        self.a_y, self.a_lost, self.a_level = columns.y.numpy(), self.lost.numpy(), self.level.numpy()
-        self.a_factor = factor.numpy()
-        self.a_steps = None
-        if columns.step is not None and columns.offset is not None:
-            self.a_steps = columns.step.numpy(), columns.offset.numpy()
+    def __init__(self, y: Tensor, factor: Tensor, steps: Steps, group: Tensor | None) -> None:
+        self.y, self.factor = y.permute(2, 0, 1).contiguous(), factor
+        self.lost, self.level = torch.empty_like(self.y), torch.empty_like(self.y)
+        self.arrays: tuple[Array, Array, Array] = self.y.numpy(), self.lost.numpy(), self.level.numpy()
+        # [earlier column, later column, batch, 1]
+        self.a_factor: Array = factor.permute(1, 2, 0)[..., None].numpy()
+        # scalars would be converted at every call
+        self.low, self.high = np.array(steps.low, np.float32), np.array(steps.high, np.float32)
+        self.a_steps: tuple[Array, ...] = ()
+        if group is not None:
+            where = group.mT[:, :, None].expand(self.y.shape)
+            factors = (steps.inverse, steps.offset, steps.step)
+            self.a_steps = tuple(f.permute(2, 0, 1).gather(0, where).cpu().numpy() for f in factors)
 
     def block(self, first: int, last: int) -> None:
         """Round columns ``first`` to ``last``: one matmul for what all columns before lost, then one by one."""
-        now = self.columns.y[:, first:last]
-        if first:
-            now = torch.baddbmm(now, self.factor[:, :first, first:last].mT, self.lost[:, :first])
-        a_now = now.numpy() if first else now.numpy().copy()
-        for k in range(first, last):
-            x = a_now[:, k - first]
-            self.round(k, x)
-            if k + 1 < last:
-                later = self.a_factor[:, k, k + 1 : last, None] * self.a_lost[:, k, None]
-                a_now[:, k + 1 - first :] += later
+        now = self.y[first:last].transpose(0, 1)
+        lost = self.lost[:first].transpose(0, 1)
+        now = torch.baddbmm(now, self.factor[:, :first, first:last].mT, lost) if first else now.clone()
+        self._one_by_one(first, now.transpose(0, 1).numpy())
 
-    def round(self, k: int, x: np.ndarray) -> None:
-        """Round column ``k``, whose weight has become ``x`` [batch, rows], and keep what that loses of its own."""
-        level, y, lost = self.a_level[:, k], self.a_y[:, k], self.a_lost[:, k]
-        if self.a_steps is not None:
-            step, offset = self.a_steps[0][:, k], self.a_steps[1][:, k]
-            x = np.divide(x, step, out=np.zeros_like(x), where=step > 0) + offset
-        np.rint(x, out=level)
-        np.maximum(level, self.columns.low, out=level)
-        np.minimum(level, self.columns.high, out=level)
-        if self.a_steps is None:
-            np.subtract(y, level, out=lost)
-        else:
-            np.subtract(y, (level - offset) * step, out=lost)
+    def _one_by_one(self, first: int, a_now: Array) -> None:
+        """Round the columns whose weights have become ``a_now`` [width, batch, rows], in place, and keep their losses.
+
+        No sub-function and few temporaries: this runs once a column of every layer.
+        """
+        last, low, high = first + len(a_now), self.low, self.high
+        (y, lost, level), factor = self.arrays, self.a_factor
+        for k in range(first, last):
+            x, u, d = a_now[k - first], level[k], lost[k]
+            if self.a_steps:
+                inverse, offset, step = (array[k] for array in self.a_steps)
+                x = x * inverse + offset
+            np.rint(x, out=u)
+            np.maximum(u, low, out=u)
+            np.minimum(u, high, out=u)
+            np.subtract(y[k], (u - offset) * step if self.a_steps else u, out=d)
+            if k + 1 < last:
+                a_now[k + 1 - first :] += factor[k, k + 1 : last] * d
 
 
 def feedback_round_reference(
@@ -134,18 +139,146 @@ def feedback_round_reference(
     [batch, rows, groups]; ``group`` int64 [batch, length] names each column's scale (None: one a row). Returns the
     stored integers, uint8 [batch, rows, length]. A factor of zeros gives plain rounding, ties to even.
 
-    Sums are in float32, in an order of this function's own: another device or thread count may settle a column whose
-    corrected weight lies within rounding error of a tie differently, and then the columns behind it.
+    Arithmetic is in float32; the order of its sums is the backend's. So a column whose corrected weight lies within
+    rounding error of a tie (about 1e-5 of a step) may be settled otherwise on another device or with other threads, and
+    then the columns behind it: levels are equal elsewhere, and the objective is as good everywhere.
 
     Raises:
         ValueError: shapes or types do not fit.
     """
     _check(weight, factor, scale, group)
-    sweep = _Sweep(_columns(weight, grid_steps(grid, bits, scale, zero_point), group), factor.contiguous())
-    length = weight.shape[2]
-    for first in range(0, length, SUB):
-        sweep.block(first, min(first + SUB, length))
-    return sweep.level.to(torch.uint8).mT.contiguous()
+    steps = grid_steps(grid, bits, scale, zero_point)
+    sweep = _Sweep(_in_steps(weight, steps, group).cpu(), factor.cpu(), steps, group)
+    for first in range(0, weight.shape[2], SUB):
+        sweep.block(first, min(first + SUB, weight.shape[2]))
+    return sweep.level.to(torch.uint8).permute(1, 2, 0).contiguous().to(weight.device)
 
 
-feedback_round = feedback_round_reference
+@jit
+def feedback_kernel(
+    y_ptr: tl.tensor,
+    now_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    step_ptr: tl.tensor,
+    group_ptr: tl.tensor,
+    lost_ptr: tl.tensor,
+    level_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    groups: tl.tensor,
+    first: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    GROUPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Columns first..first + BLOCK of some rows, one by one: u = rint(x), d = y − u, x_later += d V[k, later].
+
+    ``now`` [batch, rows, width] are the weights x after all blocks before; they stay in registers.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    i_batch = pid // tiles
+    o_row = (pid % tiles) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    o_row = i_batch * rows + o_row
+    o_block = tl.arange(0, BLOCK)
+    width = tl.minimum(BLOCK, length - first)
+    mask = m_row[:, None] & (o_block < width)[None, :]
+    o_here = o_row[:, None] * length + first + o_block[None, :]
+    b_now = tl.load(now_ptr + o_row[:, None] * width + o_block[None, :], mask=mask, other=0.0)
+    b_lost = tl.load(y_ptr + o_here, mask=mask, other=0.0)
+    b_level = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for k in range(width):
+        m_k = (o_block == k)[None, :]
+        b_x = tl.sum(tl.where(m_k, b_now, 0.0), axis=1)
+        b_y = tl.sum(tl.where(m_k, b_lost, 0.0), axis=1)
+        if GROUPED:
+            o_step = o_row * groups + tl.load(group_ptr + i_batch * length + first + k)
+            b_offset = tl.load(offset_ptr + o_step, mask=m_row, other=0.0)
+            b_x = b_x * tl.load(inverse_ptr + o_step, mask=m_row, other=0.0) + b_offset
+        # adding 1.5 * 2^23 leaves no room for a fraction: half to even
+        b_u = (tl.minimum(tl.maximum(b_x, low), high) + 12582912.0) - 12582912.0
+        b_value = b_u
+        if GROUPED:
+            b_value = (b_u - b_offset) * tl.load(step_ptr + o_step, mask=m_row, other=0.0)
+        b_d = b_y - b_value
+        o_factor = (i_batch * length + first + k) * length + first + o_block
+        b_factor = tl.load(factor_ptr + o_factor, mask=(o_block > k) & (o_block < width), other=0.0)
+        b_now += b_d[:, None] * b_factor[None, :]
+        b_lost = tl.where(m_k, b_d[:, None], b_lost)
+        b_level = tl.where(m_k, b_u[:, None], b_level)
+    tl.store(lost_ptr + o_here, b_lost, mask=mask)
+    tl.store(level_ptr + o_here, b_level.to(tl.uint8), mask=mask)
+
+
+def feedback_shape(rows: int, length: int) -> LaunchShape:
+    """Return the tile for ``rows`` rows of ``length``: up to 128 columns and a few rows in one warp."""
+    block = min(BLOCK, power_of_two_above(length))
+    return LaunchShape(rows=min(TILE // BLOCK, power_of_two_above(rows)), block=block, num_warps=1)
+
+
+def feedback_round_triton(
+    weight: Tensor,
+    factor: Tensor,
+    grid: Grid,
+    bits: int,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Launch a kernel and, but for the last, a matmul a block; see ``feedback_round_reference``."""
+    _check(weight, factor, scale, group)
+    batch, rows, length = weight.shape
+    steps = grid_steps(grid, bits, scale, zero_point)
+    y, factor = _in_steps(weight, steps, group).contiguous(), factor.contiguous()
+    factors = [tensor.contiguous() for tensor in (steps.inverse, steps.offset, steps.step)]
+    lost, level = torch.empty_like(y), torch.empty(y.shape, dtype=torch.uint8, device=y.device)
+    if y.numel() == 0:
+        return level
+    shape = feedback_shape(rows, length)
+    with on_device(weight):
+        for first in range(0, length, shape.block):
+            now = y[:, :, first : first + shape.block]
+            if first:
+                now = torch.baddbmm(now, lost[:, :, :first], factor[:, :first, first : first + shape.block])
+            feedback_kernel[(-(-rows // shape.rows) * batch,)](
+                y,
+                now.contiguous(),
+                factor,
+                *factors,
+                y if group is None else group.contiguous(),
+                lost,
+                level,
+                rows,
+                length,
+                scale.shape[2],
+                first,
+                float(steps.low),
+                float(steps.high),
+                GROUPED=group is not None,
+                ROWS=shape.rows,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                enable_fp_fusion=False,
+            )
+    return level
+
+
+def feedback_round(
+    weight: Tensor,
+    factor: Tensor,
+    grid: Grid,
+    bits: int,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Round with error feedback; see ``feedback_round_reference``."""
+    run = feedback_round_triton if use_triton(weight) else feedback_round_reference
+    return run(weight, factor, grid, bits, scale, zero_point, group=group)

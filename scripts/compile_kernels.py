@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; mu
 
 import triton
 from dfmpc.kernels.dequantize import dequantize_kernel
-from dfmpc.kernels.launch import launch_shape
+from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
+from dfmpc.kernels.launch import LaunchShape, launch_shape
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
 from dfmpc.kernels.statistics import statistics_kernel
 from dfmpc.kernels.tap_sums import tap_sums_kernel
@@ -43,12 +44,16 @@ LENGTHS = (9, 576, 4608)
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with its constants and the types of its pointers; every other argument is an int32."""
+    """A kernel with its constants and the types of its pointers; every other argument is an int32.
+
+    ``pointers`` may name other arguments that are not an int32.
+    """
 
     name: str
     kernel: object
     constants: dict[str, object]
     pointers: dict[str, str]
+    shape: Callable[[int, int], LaunchShape] = launch_shape
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,14 @@ def cases(weight: str) -> Iterator[Case]:
     yield Case(
         "tap_sums 9", tap_sums_kernel, {"TAPS": 9}, {"weight_ptr": weight, "sum_ptr": "*fp64", "square_ptr": "*fp64"}
     )
+    floats = ("y_ptr", "now_ptr", "factor_ptr", "inverse_ptr", "offset_ptr", "step_ptr", "lost_ptr")
+    sweep = dict.fromkeys(floats, "*fp32") | {"level_ptr": "*u8", "low": "fp32", "high": "fp32"}
+    for name, grouped, group in (("feedback", False, "*fp32"), ("feedback grouped", True, "*i64")):
+        yield Case(name, feedback_kernel, {"GROUPED": grouped}, sweep | {"group_ptr": group}, feedback_shape)
 
 
 def compile_case(case: Case, target: str, length: int) -> Cost:
-    shape = launch_shape(1 << 16, length)
+    shape = case.shape(1 << 16, length)
     constants = case.constants | {"ROWS": shape.rows, "BLOCK": shape.block}
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else case.pointers.get(name, "i32") for name in names}

@@ -52,47 +52,51 @@ class Factor:
 def factorise(moments: Tensor, options: FeedbackOptions = FeedbackOptions()) -> Factor:
     """Factorise H (float [length, length] or [batch, length, length], symmetric); float64 up to 2304 columns.
 
-    A matrix that stays indefinite gets ten times the damping, three times over; after that, and where it holds NaN or
-    Inf or is zero, its rows are rounded to nearest (V = I), which ``fallback`` tells.
+    A matrix that is not positive definite gets ten times the damping, three times over; after that, and where it holds
+    NaN or Inf or is zero, its rows are rounded to nearest (V = I), which ``fallback`` tells.
     """
     moments = moments if moments.dim() == 3 else moments[None]
     length = moments.shape[-1]
-    moments = moments.double() if length <= _WIDE else moments.float()
-    usable = torch.isfinite(moments).all(2).all(1)
-    moments = torch.where(usable[:, None, None], moments, 0.0)
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)
-    usable &= mean > 0
-    falling = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    natural = torch.arange(length, device=moments.device).expand(len(moments), -1)
-    order = falling if options.order == "falling" else natural
-    lower, damp, failed = _cholesky(_permute(moments, order.flip(1)), mean, usable, options.damp)
-    upper = (lower / lower.diagonal(dim1=1, dim2=2)[:, None, :]).flip(1, 2).float()
-    return Factor(moments.float(), order, upper.contiguous(), damp, _reason(failed, len(moments)))
+    wide = moments.double() if length <= _WIDE else moments.float()
+    diagonal = wide.diagonal(dim1=1, dim2=2)
+    usable = torch.isfinite(wide.sum((1, 2))) & (diagonal.mean(1) > 0)
+    order = torch.arange(length, device=moments.device).expand(len(moments), -1)
+    if options.order == "falling":
+        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    lower, damp, failed = _cholesky(_permute(wide, order.flip(1)), usable, options.damp)
+    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
+    return Factor(moments.float(), order, lower.float().flip(1, 2), damp, _reason(failed, len(moments)))
 
 
 def _permute(moments: Tensor, order: Tensor) -> Tensor:
+    """Return a copy with rows and columns in ``order``."""
     if len(moments) == 1:
         return moments[0].index_select(0, order[0]).index_select(1, order[0])[None]
     rows = moments.gather(1, order[:, :, None].expand_as(moments))
     return rows.gather(2, order[:, None, :].expand_as(moments))
 
 
-def _cholesky(moments: Tensor, mean: Tensor, usable: Tensor, damp: float) -> tuple[Tensor, float, int]:
-    """Return lower factors, the largest damping taken and how many matrices have none (theirs is the identity)."""
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    lower, todo, taken = identity.expand_as(moments).clone(), usable.nonzero()[:, 0], 0.0
-    for attempt in range(_ATTEMPTS):
-        if not len(todo):
+def _cholesky(moments: Tensor, usable: Tensor, damp: float) -> tuple[Tensor, float, int]:
+    """Return lower factors, the largest damping taken and how many matrices have none (theirs is the identity).
+
+    ``moments`` is changed: damping is added in place.
+    """
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean, pending, taken = diagonal.mean(1), usable, 0.0
+    for attempt in range(_ATTEMPTS if bool(usable.any()) else 0):
+        more, taken = damp * 10**attempt - taken, damp * 10**attempt
+        diagonal.add_((mean * more).masked_fill_(~pending, 0.0)[:, None])
+        lower, info = torch.linalg.cholesky_ex(moments)
+        # NaN anywhere in a row reaches its pivot
+        pending = usable & ((info != 0) | ~torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all(1))
+        if not bool(pending.any()):
             break
-        taken = damp * 10**attempt
-        damped = moments[todo]
-        damped.diagonal(dim1=1, dim2=2).add_(taken * mean[todo, None])
-        found, info = torch.linalg.cholesky_ex(damped)
-        good = (info == 0) & torch.isfinite(found).all(2).all(1)
-        lower[todo[good]] = found[good]
-        todo = todo[~good]
-    return lower, taken, len(todo) + int((~usable).sum())
+    else:
+        lower = torch.empty_like(moments)
+    failed = pending | ~usable
+    if bool(failed.any()):
+        lower[failed] = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    return lower, taken, int(failed.sum())
 
 
 def _reason(failed: int, batch: int) -> str:
