@@ -17,7 +17,7 @@ from torch import Tensor
 MAX_STATES = 400_000
 """Partial solutions kept at a time; beyond, the incumbent is returned with its gap."""
 _WIDENINGS = 4
-"""The search first admits 2^-4 of the distance between bound and incumbent, then doubles it until it proves its find."""
+"""The search admits 2^-4 of the distance between bound and incumbent first, doubling it until its find is proved."""
 _ROUNDING = 1e-12
 """Relative error of sums of float64 costs, by which every comparison errs on the side of keeping."""
 
