@@ -6,8 +6,6 @@ upper triangular, q_k = round(w_k + Σ_{j<k} (w_j − q_j) V_jk). It takes one C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ._triton import jit, tl
 from .formats import Grid
+from .grids import Steps, grid_steps, in_steps, losses
 from .launch import LaunchShape, on_device, power_of_two_above, use_triton
 
 BLOCK = 128
@@ -25,41 +24,6 @@ TILE = 512
 """Elements a program holds of each of its three tiles; one warp, so that no column has to cross warps."""
 
 Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A uniform grid: value = (u − offset)·step for integers u in low..high; both float32, shaped as the scale."""
-
-    step: Tensor
-    offset: Tensor
-    low: int
-    high: int
-
-    @property
-    def inverse(self) -> Tensor:
-        """1/step; 0 where the step is, so that such rows have one value."""
-        largest = torch.finfo(torch.float32).max
-        return torch.where(self.step > 0, 1.0 / self.step, 0.0).clamp_(max=largest)
-
-
-def grid_steps(grid: Grid, bits: int, scale: Tensor, zero_point: Tensor | None) -> Steps:
-    """Return the steps of ``grid`` for float32 scales of any shape; a ternary grid is uniform too, with u in 0..2.
-
-    Raises:
-        ValueError: the asymmetric grid without a zero point.
-    """
-    if grid is Grid.TERNARY:
-        return Steps(scale, torch.ones_like(scale), 0, 2)
-    levels, middle = 2**bits - 1, 2 ** (bits - 1)
-    if grid is Grid.DOREFA:
-        step = (scale.double() * 2 / levels).float()
-        return Steps(step, torch.full_like(scale, levels / 2), 0, levels)
-    if grid is Grid.SYMMETRIC:
-        return Steps(scale, torch.full_like(scale, middle), 1, levels)
-    if zero_point is None:
-        raise ValueError("the asymmetric grid needs a zero_point")
-    return Steps(scale, zero_point, 0, levels)
 
 
 def _check(weight: Tensor, factor: Tensor, scale: Tensor, group: Tensor | None) -> None:
@@ -73,17 +37,13 @@ def _check(weight: Tensor, factor: Tensor, scale: Tensor, group: Tensor | None) 
         raise ValueError(f"scale has shape {tuple(scale.shape)}; expected {wanted}")
 
 
-def _in_steps(weight: Tensor, steps: Steps, group: Tensor | None) -> Tensor:
-    """With one scale a row, y = w/step + offset, so that u = rint(y) and losses count in steps; else w itself."""
-    return weight if group is not None else weight * steps.inverse + steps.offset
-
-
 class _Sweep:
     """The state of one sweep; columns lead, [length, batch, rows], and are NumPy's: a call costs a third of torch's."""
 
-    def __init__(self, y: Tensor, factor: Tensor, steps: Steps, group: Tensor | None) -> None:
-        self.y, self.factor = y.permute(2, 0, 1).contiguous(), factor
-        self.lost, self.level = torch.empty_like(self.y), torch.empty_like(self.y)
+    def __init__(self, y: Tensor, factor: Tensor, steps: Steps, group: Tensor | None, lost: Tensor | None) -> None:
+        self.y, self.factor, self.again = y.permute(2, 0, 1).contiguous(), factor, lost is not None
+        self.level = torch.empty_like(self.y)
+        self.lost = torch.empty_like(self.y) if lost is None else lost.permute(2, 0, 1).contiguous()
         self.arrays: tuple[Array, Array, Array] = self.y.numpy(), self.lost.numpy(), self.level.numpy()
         # [earlier column, later column, batch, 1]
         self.a_factor: Array = factor.permute(1, 2, 0)[..., None].numpy()
@@ -96,10 +56,10 @@ class _Sweep:
             self.a_steps = tuple(f.permute(2, 0, 1).gather(0, where).cpu().numpy() for f in factors)
 
     def block(self, first: int, last: int) -> None:
-        """Round columns ``first`` to ``last``: one matmul for what all columns before lost, then one by one."""
-        now = self.y[first:last].transpose(0, 1)
-        lost = self.lost[:first].transpose(0, 1)
-        now = torch.baddbmm(now, self.factor[:, :first, first:last].mT, lost) if first else now.clone()
+        """Round columns ``first`` to ``last``: one matmul for what all others have lost, then one by one."""
+        now, others = self.y[first:last].transpose(0, 1), len(self.y) if self.again else first
+        lost = self.lost[:others].transpose(0, 1)
+        now = torch.baddbmm(now, self.factor[:, :others, first:last].mT, lost) if others else now.clone()
         self._one_by_one(first, now.transpose(0, 1).numpy())
 
     def _one_by_one(self, first: int, a_now: Array) -> None:
@@ -117,9 +77,10 @@ class _Sweep:
             np.rint(x, out=u)
             np.maximum(u, low, out=u)
             np.minimum(u, high, out=u)
+            before = d.copy() if self.again else None
             np.subtract(y[k], (u - offset) * step if self.a_steps else u, out=d)
             if k + 1 < last:
-                a_now[k + 1 - first :] += factor[k, k + 1 : last] * d
+                a_now[k + 1 - first :] += factor[k, k + 1 : last] * (d if before is None else d - before)
 
 
 def feedback_round_reference(
@@ -131,6 +92,7 @@ def feedback_round_reference(
     zero_point: Tensor | None = None,
     *,
     group: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Round the columns of ``weight`` in their order, each corrected by ``factor`` for what those before it lost.
 
@@ -138,6 +100,9 @@ def feedback_round_reference(
     above the diagonal is read: V of H = V D Vᵀ; ``scale`` and, for the asymmetric grid, ``zero_point`` float32
     [batch, rows, groups]; ``group`` int64 [batch, length] names each column's scale (None: one a row). Returns the
     stored integers, uint8 [batch, rows, length]. A factor of zeros gives plain rounding, ties to even.
+
+    With ``start``, such integers, this is a pass of coordinate descent on (w − q)'H(w − q) instead: each column is
+    rounded anew, given what all others have lost. ``factor`` is then all of H_jk / H_kk, with a diagonal of zeros.
 
     Arithmetic is in float32; the order of its sums is the backend's. So a column whose corrected weight lies within
     rounding error of a tie (about 1e-5 of a step) may be settled otherwise on another device or with other threads, and
@@ -148,7 +113,9 @@ def feedback_round_reference(
     """
     _check(weight, factor, scale, group)
     steps = grid_steps(grid, bits, scale, zero_point)
-    sweep = _Sweep(_in_steps(weight, steps, group).cpu(), factor.cpu(), steps, group)
+    y = in_steps(weight, steps, group)
+    lost = None if start is None else losses(y, start, steps, group).cpu()
+    sweep = _Sweep(y.cpu(), factor.cpu(), steps, group, lost)
     for first in range(0, weight.shape[2], SUB):
         sweep.block(first, min(first + SUB, weight.shape[2]))
     return sweep.level.to(torch.uint8).permute(1, 2, 0).contiguous().to(weight.device)
@@ -175,9 +142,10 @@ def feedback_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Columns first..first + BLOCK of some rows, one by one: u = rint(x), d = y − u, x_later += d V[k, later].
+    """Columns first..first + BLOCK of some rows, one by one: u = rint(x), d = v − u, x_later += d V[k, later].
 
-    ``now`` [batch, rows, width] are the weights x after all blocks before; they stay in registers.
+    ``now`` [batch, rows, width] are the weights x that the other blocks' losses leave; they stay in registers. v = y −
+    lost is y itself in a first sweep, else the value before; d is what the column loses anew.
     """
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -190,12 +158,12 @@ def feedback_kernel(
     mask = m_row[:, None] & (o_block < width)[None, :]
     o_here = o_row[:, None] * length + first + o_block[None, :]
     b_now = tl.load(now_ptr + o_row[:, None] * width + o_block[None, :], mask=mask, other=0.0)
-    b_lost = tl.load(y_ptr + o_here, mask=mask, other=0.0)
+    b_d = tl.load(y_ptr + o_here, mask=mask, other=0.0) - tl.load(lost_ptr + o_here, mask=mask, other=0.0)
     b_level = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for k in range(width):
         m_k = (o_block == k)[None, :]
         b_x = tl.sum(tl.where(m_k, b_now, 0.0), axis=1)
-        b_y = tl.sum(tl.where(m_k, b_lost, 0.0), axis=1)
+        b_v = tl.sum(tl.where(m_k, b_d, 0.0), axis=1)
         if GROUPED:
             o_step = o_row * groups + tl.load(group_ptr + i_batch * length + first + k)
             b_offset = tl.load(offset_ptr + o_step, mask=m_row, other=0.0)
@@ -205,13 +173,14 @@ def feedback_kernel(
         b_value = b_u
         if GROUPED:
             b_value = (b_u - b_offset) * tl.load(step_ptr + o_step, mask=m_row, other=0.0)
-        b_d = b_y - b_value
+        b_new = b_v - b_value
         o_factor = (i_batch * length + first + k) * length + first + o_block
         b_factor = tl.load(factor_ptr + o_factor, mask=(o_block > k) & (o_block < width), other=0.0)
-        b_now += b_d[:, None] * b_factor[None, :]
-        b_lost = tl.where(m_k, b_d[:, None], b_lost)
+        b_now += b_new[:, None] * b_factor[None, :]
+        b_d = tl.where(m_k, b_new[:, None], b_d)
         b_level = tl.where(m_k, b_u[:, None], b_level)
-    tl.store(lost_ptr + o_here, b_lost, mask=mask)
+    b_d += tl.load(lost_ptr + o_here, mask=mask, other=0.0)
+    tl.store(lost_ptr + o_here, b_d, mask=mask)
     tl.store(level_ptr + o_here, b_level.to(tl.uint8), mask=mask)
 
 
@@ -230,22 +199,24 @@ def feedback_round_triton(
     zero_point: Tensor | None = None,
     *,
     group: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Launch a kernel and, but for the last, a matmul a block; see ``feedback_round_reference``."""
     _check(weight, factor, scale, group)
     batch, rows, length = weight.shape
     steps = grid_steps(grid, bits, scale, zero_point)
-    y, factor = _in_steps(weight, steps, group).contiguous(), factor.contiguous()
+    y, factor = in_steps(weight, steps, group).contiguous(), factor.contiguous()
     factors = [tensor.contiguous() for tensor in (steps.inverse, steps.offset, steps.step)]
-    lost, level = torch.empty_like(y), torch.empty(y.shape, dtype=torch.uint8, device=y.device)
+    lost = torch.zeros_like(y) if start is None else losses(y, start, steps, group)
+    level = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
     if y.numel() == 0:
         return level
     shape = feedback_shape(rows, length)
     with on_device(weight):
         for first in range(0, length, shape.block):
-            now = y[:, :, first : first + shape.block]
-            if first:
-                now = torch.baddbmm(now, lost[:, :, :first], factor[:, :first, first : first + shape.block])
+            now, others = y[:, :, first : first + shape.block], first if start is None else length
+            if others:
+                now = torch.baddbmm(now, lost[:, :, :others], factor[:, :others, first : first + shape.block])
             feedback_kernel[(-(-rows // shape.rows) * batch,)](
                 y,
                 now.contiguous(),
@@ -278,7 +249,8 @@ def feedback_round(
     zero_point: Tensor | None = None,
     *,
     group: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Round with error feedback; see ``feedback_round_reference``."""
     run = feedback_round_triton if use_triton(weight) else feedback_round_reference
-    return run(weight, factor, grid, bits, scale, zero_point, group=group)
+    return run(weight, factor, grid, bits, scale, zero_point, group=group, start=start)

@@ -1,4 +1,4 @@
-"""Error feedback on one layer: factorise its input's second moments, sweep, re-fit the scale, keep what is better."""
+"""Error feedback on one layer: sweep, re-fit the scale, descend, keep what is better than rounding to nearest."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from dfmpc.kernels.feedback import feedback_round, grid_steps
-from dfmpc.kernels.formats import Grid
+from dfmpc.kernels.feedback import feedback_round
+from dfmpc.kernels.formats import CodeFormat, Grid
+from dfmpc.kernels.grids import grid_steps
 from dfmpc.kernels.segments import code_format
 from torch import Tensor
 
+from .factorise import Factor, factorise
 from .scale_search import Rounded, clip_search, nearest_levels, spread, ternary_optimum
 
 MAX_FEEDBACK = 8192
 """Columns above which a layer is rounded to nearest: the factor would take more than 256 MiB and a minute."""
-_WIDE = 2304
-"""Columns up to which the factor is computed in float64."""
-_ATTEMPTS = 4
-"""The damping asked for, then three times ten times more."""
 
 
 @dataclass(frozen=True)
@@ -33,144 +31,126 @@ class FeedbackOptions:
     """Uniform grids: choose the clip by squared error, else take the full range."""
     sweeps: int | None = None
     """None: two with a re-fit of the scale after each for ternary, one without for uniform grids."""
+    descents: int = 2
+    """Passes of coordinate descent behind the sweeps (before the last re-fit)."""
 
 
 @dataclass(frozen=True)
-class Factor:
-    """H as rounding needs it; serves every weight that reads the same input."""
+class _Layer:
+    """A weight with its columns in the factor's order; levels are uint8 of its shape, scales those of ``Rounded``."""
 
-    moments: Tensor
-    """float32 [batch, length, length]: H itself."""
-    order: Tensor
-    """int64 [batch, length]: the columns in the order in which they are rounded."""
-    upper: Tensor
-    """float32 [batch, length, length], unit upper triangular V of the ordered H + damping = V D Vᵀ."""
-    damp: float
-    fallback: str
+    weight: Tensor
+    """float32 [batch, rows, length]."""
+    factor: Factor
+    format: CodeFormat
+    zero_point: Tensor | None
+    group: Tensor | None
+    """int64 [batch, length]: each column's scale; None for one a row."""
 
+    @classmethod
+    def of(cls, rows: Tensor, start: Rounded, factor: Factor) -> _Layer:
+        group = factor.order // start.format.group_size if start.format.groups > 1 else None
+        weight = _in_order(rows, factor.order)
+        return cls(weight, factor, start.format, start.zero_point, group)
 
-def factorise(moments: Tensor, options: FeedbackOptions = FeedbackOptions()) -> Factor:
-    """Factorise H (float [length, length] or [batch, length, length], symmetric); float64 up to 2304 columns.
+    def batched(self, factors: Tensor) -> Tensor:
+        """[rows, groups] or [1, 1] as [batch, rows, groups]."""
+        batch, rows, _ = self.weight.shape
+        return factors.expand(batch * rows, self.format.groups).reshape(batch, rows, -1)
 
-    A matrix that is not positive definite gets ten times the damping, three times over; after that, and where it holds
-    NaN or Inf or is zero, its rows are rounded to nearest (V = I), which ``fallback`` tells.
-    """
-    moments = moments if moments.dim() == 3 else moments[None]
-    length = moments.shape[-1]
-    wide = moments.double() if length <= _WIDE else moments.float()
-    diagonal = wide.diagonal(dim1=1, dim2=2)
-    usable = torch.isfinite(wide.sum((1, 2))) & (diagonal.mean(1) > 0)
-    order = torch.arange(length, device=moments.device).expand(len(moments), -1)
-    if options.order == "falling":
-        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    lower, damp, failed = _cholesky(_permute(wide, order.flip(1)), usable, options.damp)
-    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
-    return Factor(moments.float(), order, lower.float().flip(1, 2), damp, _reason(failed, len(moments)))
+    def value(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """Float32: what the levels stand for."""
+        steps = grid_steps(self.format.grid, self.format.bits, scale, self.zero_point)
+        step, offset = self.batched(steps.step), self.batched(steps.offset)
+        if self.group is not None:
+            where = self.group[:, None, :].expand(levels.shape)
+            step, offset = step.gather(2, where), offset.gather(2, where)
+        return (levels - offset).mul_(step)
 
+    def round(self, factor: Tensor, scale: Tensor, start: Tensor | None = None) -> Tensor:
+        """One sweep or, from ``start``, one pass of coordinate descent."""
+        point = None if self.zero_point is None else self.batched(self.zero_point)
+        grid, bits, scales = self.format.grid, self.format.bits, self.batched(scale)
+        return feedback_round(self.weight, factor, grid, bits, scales, point, group=self.group, start=start)
 
-def _permute(moments: Tensor, order: Tensor) -> Tensor:
-    """Return a copy with rows and columns in ``order``."""
-    if len(moments) == 1:
-        return moments[0].index_select(0, order[0]).index_select(1, order[0])[None]
-    rows = moments.gather(1, order[:, :, None].expand_as(moments))
-    return rows.gather(2, order[:, None, :].expand_as(moments))
+    def refit(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """Scale·(q'Hw)/(q'Hq), a row or layer-wise; the scale itself where that is no positive number."""
+        value = self.value(levels, scale)
+        behind = torch.bmm(value, self.factor.moments)
+        along, norm = (
+            (behind * other).sum(2, dtype=torch.float64).flatten()[:, None] for other in (self.weight, value)
+        )
+        if self.format.layer_wise:
+            along, norm = along.sum(0, keepdim=True), norm.sum(0, keepdim=True)
+        ratio = along / norm
+        ratio = torch.where(torch.isfinite(ratio) & (along > 0) & (norm > 0), ratio, 1.0)
+        return (scale * ratio).float()
 
-
-def _cholesky(moments: Tensor, usable: Tensor, damp: float) -> tuple[Tensor, float, int]:
-    """Return lower factors, the largest damping taken and how many matrices have none (theirs is the identity).
-
-    ``moments`` is changed: damping is added in place.
-    """
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    mean, pending, taken = diagonal.mean(1), usable, 0.0
-    for attempt in range(_ATTEMPTS if bool(usable.any()) else 0):
-        more, taken = damp * 10**attempt - taken, damp * 10**attempt
-        diagonal.add_((mean * more).masked_fill_(~pending, 0.0)[:, None])
-        lower, info = torch.linalg.cholesky_ex(moments)
-        # NaN anywhere in a row reaches its pivot
-        pending = usable & ((info != 0) | ~torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all(1))
-        if not bool(pending.any()):
-            break
-    else:
-        lower = torch.empty_like(moments)
-    failed = pending | ~usable
-    if bool(failed.any()):
-        lower[failed] = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    return lower, taken, int(failed.sum())
-
-
-def _reason(failed: int, batch: int) -> str:
-    if not failed:
-        return ""
-    of = f"{failed} of {batch} groups: " if batch > 1 else ""
-    return f"{of}the input's second moments are zero, not finite or not positive definite"
-
-
-def error_feedback(rows: Tensor, start: Rounded, factor: Factor, *, sweeps: int = 1, refit: bool = False) -> Rounded:
-    """Improve ``start`` by sweeps of error feedback from the original ``rows`` (float32 [rows, length]).
-
-    With ``refit`` every sweep is followed by scale ← scale·(q'Hw)/(q'Hq), a row (all its groups alike) or, layer-wise,
-    a layer. Each row (each layer where a layer-wise scale is re-fitted) then keeps whichever of start and result has
-    the smaller (w − q)'H(w − q), H undamped: feedback is greedy and may lose.
-    """
-    weight = rows.view(len(factor.order), -1, rows.shape[1])
-    now = start
-    for _ in range(sweeps):
-        now = replace(now, levels=_sweep(weight, now, factor))
-        if refit:
-            now = _refit(weight, now, factor)
-    kept = _keep_better(weight, start, now, factor, together=refit and start.format.layer_wise)
-    return replace(kept, damp=factor.damp, fallback=factor.fallback)
-
-
-def _sweep(weight: Tensor, now: Rounded, factor: Factor) -> Tensor:
-    batch, rows, length = weight.shape
-    form, groups = now.format, now.format.groups
-    where = factor.order[:, None, :].expand_as(weight)
-    scale, zero_point = (
-        None if tensor is None else tensor.expand(batch * rows, groups).reshape(batch, rows, groups)
-        for tensor in (now.scale, now.zero_point)
-    )
-    assert scale is not None
-    group = factor.order // form.group_size if groups > 1 else None
-    found = feedback_round(weight.gather(2, where), factor.upper, form.grid, form.bits, scale, zero_point, group=group)
-    return torch.empty_like(found).scatter_(2, where, found).view(batch * rows, length)
+    def gain(self, before: Tensor, after: Tensor) -> Tensor:
+        """Float64 [rows, 1]: e'He of the values ``before`` minus that of ``after``, (q₀ − q₁)'H(q₀ + q₁ − 2w)."""
+        change = torch.bmm(before - after, self.factor.moments)
+        return (change * (before + after - 2 * self.weight)).sum(2, dtype=torch.float64).flatten()[:, None]
 
 
 def values_of(rounded: Rounded) -> Tensor:
     """Return float32 [rows, length]: what the codes stand for."""
     form, rows = rounded.format, len(rounded.levels)
     steps = grid_steps(form.grid, form.bits, rounded.scale, rounded.zero_point)
-    return (rounded.levels.float() - spread(steps.offset, form, rows)).mul_(spread(steps.step, form, rows))
+    return (rounded.levels - spread(steps.offset, form, rows)).mul_(spread(steps.step, form, rows))
 
 
-def _refit(weight: Tensor, now: Rounded, factor: Factor) -> Rounded:
-    """Scale ← scale·(q'Hw)/(q'Hq); left alone where that is not a positive number."""
-    value = values_of(now).view(weight.shape)
-    behind = torch.bmm(value, factor.moments)
-    along, norm = ((behind * other).sum(2, dtype=torch.float64).flatten()[:, None] for other in (weight, value))
-    if now.format.layer_wise:
-        along, norm = along.sum(0, keepdim=True), norm.sum(0, keepdim=True)
-    ratio = along / norm
-    ratio = torch.where(torch.isfinite(ratio) & (along > 0) & (norm > 0), ratio, 1.0)
-    return replace(now, scale=(now.scale * ratio).float())
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """[batch * rows, length] as [batch, rows, length] with its columns in ``order``."""
+    batched = rows.view(len(order), -1, rows.shape[1])
+    return batched.gather(2, order[:, None, :].expand(batched.shape))
 
 
-def _keep_better(weight: Tensor, start: Rounded, end: Rounded, factor: Factor, *, together: bool) -> Rounded:
-    """Choose by a row, or all rows ``together``: e'He of the end minus the start's is (q₁ − q₀)'H(q₁ + q₀ − 2w)."""
-    first, last = values_of(start).view(weight.shape), values_of(end).view(weight.shape)
-    change = torch.bmm(last - first, factor.moments)
-    gain = (change * (first + last - 2 * weight)).sum(2, dtype=torch.float64).flatten()[:, None]
-    better = ((gain.sum() if together else gain) < 0).expand(len(gain), 1)
-    scale = end.scale
-    if scale is not start.scale:
-        scale = torch.where(better[: len(scale)], end.scale, start.scale)
-    return replace(end, levels=torch.where(better, end.levels, start.levels), scale=scale)
+def error_feedback(
+    rows: Tensor, start: Rounded, factor: Factor, *, sweeps: int = 1, descents: int = 2, refit: bool = False
+) -> Rounded:
+    """Improve ``start`` by error feedback from the original ``rows`` (float32 [rows, length]), then by descent.
+
+    With ``refit`` every sweep but the last, and the end, is followed by scale ← scale·(q'Hw)/(q'Hq), a row (all its
+    groups alike) or, layer-wise, a layer. Each row (each layer where a layer-wise scale is re-fitted) then keeps
+    whichever of start and end has the smaller (w − q)'H(w − q), H undamped: feedback is greedy and may lose.
+    """
+    layer = _Layer.of(rows, start, factor)
+    scale, plain = start.scale, _in_order(start.levels, factor.order)
+    levels = plain
+    for sweep in range(sweeps):
+        levels = layer.round(factor.upper, scale)
+        if refit and sweep + 1 < sweeps:
+            scale = layer.refit(levels, scale)
+    coupling = factor.coupling() if descents else factor.upper
+    for _ in range(descents):
+        levels = layer.round(coupling, scale, levels)
+    if refit:
+        scale = layer.refit(levels, scale)
+    gain = layer.gain(layer.value(plain, start.scale), layer.value(levels, scale))
+    better = ((gain.sum() if refit and start.format.layer_wise else gain) > 0).expand(len(rows), 1)
+    levels = torch.where(better, _in_place(levels, factor.order), start.levels)
+    scale = torch.where(better[: len(scale)], scale, start.scale)
+    return replace(start, levels=levels, scale=scale, damp=factor.damp, fallback=factor.fallback)
 
 
-def _too_wide(start: Rounded) -> Rounded:
+def _in_place(levels: Tensor, order: Tensor) -> Tensor:
+    """The inverse of ``_in_order``."""
+    there = torch.empty_like(levels).scatter_(2, order[:, None, :].expand(levels.shape), levels)
+    return there.view(-1, levels.shape[2])
+
+
+def _improved(
+    rows: Tensor, start: Rounded, moments: Tensor | Factor, options: FeedbackOptions, *, sweeps: int, refit: bool
+) -> Rounded:
+    """``error_feedback`` where the layer is not too long for it."""
     length = start.format.length
-    return replace(start, fallback=f"rows of {length} are longer than error feedback takes ({MAX_FEEDBACK})")
+    if length > MAX_FEEDBACK:
+        return replace(start, fallback=f"rows of {length} are longer than error feedback takes ({MAX_FEEDBACK})")
+    factor = moments if isinstance(moments, Factor) else factorise(moments, options.damp, options.order)
+    if factor.order.shape[1] != length or len(rows) % len(factor.order):
+        shape = tuple(factor.moments.shape)
+        raise ValueError(f"second moments of shape {shape} do not fit rows of shape {tuple(rows.shape)}")
+    return error_feedback(rows, start, factor, sweeps=sweeps, descents=options.descents, refit=refit)
 
 
 def ternary_feedback(
@@ -187,11 +167,8 @@ def ternary_feedback(
     group are neighbours), or its factor. Starts from :func:`ternary_optimum`.
     """
     start = ternary_optimum(rows, group_size=group_size, layer_wise=layer_wise)
-    if start.format.length > MAX_FEEDBACK:
-        return _too_wide(start)
-    factor = moments if isinstance(moments, Factor) else factorise(moments, options)
     sweeps = 2 if options.sweeps is None else options.sweeps
-    return error_feedback(rows, start, factor, sweeps=sweeps, refit=True)
+    return _improved(rows, start, moments, options, sweeps=sweeps, refit=True)
 
 
 def uniform_feedback(
@@ -213,8 +190,6 @@ def uniform_feedback(
     lowest = None if options.clip_search else 1.0
     found = clip_search(rows, bits, grid, group_size=group_size, layer_wise=layer_wise, lowest=lowest)
     start = Rounded(format, nearest_levels(rows, format, found), found.scale, found.zero_point)
-    if format.length > MAX_FEEDBACK:
-        return _too_wide(start)
-    factor = moments if isinstance(moments, Factor) else factorise(moments, options)
     sweeps = 1 if options.sweeps is None else options.sweeps
-    return error_feedback(rows, start, factor, sweeps=sweeps, refit=sweeps > 1 and grid is not Grid.ASYMMETRIC)
+    refit = sweeps > 1 and grid is not Grid.ASYMMETRIC
+    return _improved(rows, start, moments, options, sweeps=sweeps, refit=refit)

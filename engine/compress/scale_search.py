@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dfmpc.kernels.feedback import grid_steps
 from dfmpc.kernels.formats import CodeFormat, Grid
+from dfmpc.kernels.grids import grid_steps
 from dfmpc.kernels.segments import code_format, row_chunks, row_parts
 from torch import Tensor
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dfmpc.kernels.feedback import feedback_round_reference, feedback_round_triton, grid_steps
+from dfmpc.kernels.feedback import feedback_round_reference, feedback_round_triton
 from dfmpc.kernels.formats import Grid
+from dfmpc.kernels.grids import grid_steps
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
