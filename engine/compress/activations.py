@@ -144,9 +144,9 @@ def _integrated_moments(function: Callable[[Tensor], Tensor], mean: Tensor, sd: 
     z, weights = _grid(0)
     firsts, seconds = [], []
     for m, s in _chunks(mean, sd):
-        values = function(m.unsqueeze(-1) + s.unsqueeze(-1) * z)
-        firsts.append(tree_sum(values * weights[:, 0], -1))
-        seconds.append(tree_sum((values - firsts[-1].unsqueeze(-1)).square() * weights[:, 0], -1))
+        values = function(torch.addcmul(m, s, z.unsqueeze(-1)))
+        firsts.append(tree_sum(values * weights, 0))
+        seconds.append(tree_sum((values - firsts[-1]).square_().mul_(weights), 0))
     first, second = torch.cat(firsts).view(mean.shape), torch.cat(seconds).view(mean.shape)
     return Moments(torch.where(sd > 0, first, function(mean)), _where_random(sd, second))
 

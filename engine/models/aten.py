@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
+from . import aten_elementwise as elementwise
 from . import aten_layers as layers
 from . import aten_plain as plain
 from .calls import Call, Tracker, named_arguments, operator_name
@@ -18,6 +19,8 @@ FIRST_RESULT_ONLY = {
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_functional",
     "native_batch_norm",
+    "native_layer_norm",
+    "native_group_norm",
     "max_pool1d_with_indices",
     "max_pool2d_with_indices",
     "max_pool3d_with_indices",
@@ -39,12 +42,26 @@ HANDLERS: dict[str, Callable[[Call], Node]] = {
     **_by_name(layers.matmul, "addmm mm"),
     **_by_name(layers.batch_norm, "batch_norm _native_batch_norm_legit_no_training native_batch_norm"),
     **_by_name(layers.training_norm, "_native_batch_norm_legit _native_batch_norm_legit_functional"),
-    **_by_name(plain.relu, "relu relu_"),
-    **_by_name(plain.relu6, "relu6 relu6_"),
-    **_by_name(plain.clamp, "hardtanh hardtanh_ clamp clamp_ clamp_min clamp_min_"),
-    **_by_name(plain.leaky_relu, "leaky_relu leaky_relu_"),
+    **_by_name(layers.layer_norm, "layer_norm native_layer_norm"),
+    **_by_name(layers.group_norm, "group_norm native_group_norm"),
+    **_by_name(layers.instance_norm, "instance_norm"),
+    **_by_name(elementwise.activation(Op.RELU), "relu relu_"),
+    **_by_name(elementwise.activation(Op.RELU6), "relu6 relu6_"),
+    **_by_name(elementwise.activation(Op.SILU), "silu silu_"),
+    **_by_name(elementwise.activation(Op.GELU), "gelu gelu_"),
+    **_by_name(elementwise.activation(Op.HARDSWISH), "hardswish hardswish_"),
+    **_by_name(elementwise.activation(Op.HARDSIGMOID), "hardsigmoid hardsigmoid_"),
+    **_by_name(elementwise.activation(Op.SIGMOID), "sigmoid sigmoid_"),
+    **_by_name(elementwise.activation(Op.TANH), "tanh tanh_"),
+    **_by_name(elementwise.clamp, "hardtanh hardtanh_ clamp clamp_ clamp_min clamp_min_"),
+    **_by_name(elementwise.leaky_relu, "leaky_relu leaky_relu_"),
     **_by_name(plain.dropout, "dropout dropout_ feature_dropout feature_dropout_ alpha_dropout native_dropout"),
-    **_by_name(plain.add, "add add_"),
+    **_by_name(elementwise.add, "add add_"),
+    **_by_name(elementwise.subtract, "sub sub_"),
+    **_by_name(elementwise.subtract_from, "rsub"),
+    **_by_name(elementwise.multiply, "mul mul_"),
+    **_by_name(elementwise.divide, "div div_"),
+    **_by_name(elementwise.negate, "neg neg_"),
     **_by_name(plain.cat, "cat concat concatenate"),
     **_by_name(plain.identity, "clone contiguous detach detach_ alias lift_fresh_copy to _to_copy"),
     **_by_name(plain.slicing, "slice"),

@@ -1,4 +1,4 @@
-"""Weight layers and norms among ATen calls: convolutions, linear layers, BatchNorm."""
+"""Weight layers and norms among ATen calls: convolutions, linear layers, BatchNorm, LayerNorm, GroupNorm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import fx
 
 from ..errors import UnsupportedModelError
 from .calls import EVAL_REMEDY, Call, operator_name, sizes
-from .graph import Layer, Node, Norm, Op
+from .graph import Layer, LiveNorm, Node, Norm, Op
+from .shapes import fixed
 
 
 def _layer(call: Call, op: Op, groups: int = 1, stride: tuple[int, ...] = (), padding: tuple[int, ...] = ()) -> Node:
@@ -83,3 +84,29 @@ def batch_norm(call: Call) -> Node:
 def training_norm(call: Call) -> Node:
     """A BatchNorm on batch statistics: refused."""
     return batch_norm(replace(call, args={**call.args, "training": True}))
+
+
+def layer_norm(call: Call) -> Node:
+    """A LayerNorm over the last axis; over more axes it mixes positions and is OTHER."""
+    axes = call.args["normalized_shape"]
+    return _live_norm(call, call.shape[-1], 1) if len(axes) == 1 and len(call.shape) > 1 else call.make(Op.OTHER)
+
+
+def group_norm(call: Call) -> Node:
+    """A GroupNorm of the channels (axis 1)."""
+    return _live_norm(call, call.shape[1], fixed(call.args.get("num_groups") or call.args["group"]))
+
+
+def instance_norm(call: Call) -> Node:
+    """A GroupNorm of one channel a group; on running statistics it is OTHER."""
+    if not call.args.get("use_input_stats"):
+        return call.make(Op.OTHER)
+    return _live_norm(call, call.shape[1], call.shape[1])
+
+
+def _live_norm(call: Call, channels: int, groups: int) -> Node:
+    if not call.absent_or_state("weight", "bias"):
+        return call.make(Op.OTHER)
+    eps = float(call.args["eps"])
+    norm = LiveNorm(call.state_name("weight"), call.state_name("bias"), eps, channels, groups)
+    return call.make(Op.LIVE_NORM, live_norm=norm)

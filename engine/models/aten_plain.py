@@ -1,11 +1,9 @@
-"""ATen calls without weights: activations, pools, padding, reshapes, sums and concatenations."""
+"""ATen calls without weights: pools, padding, reshapes, copies and concatenations."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-
-from torch import fx
 
 from ..errors import UnsupportedModelError
 from .calls import EVAL_REMEDY, Call, sizes
@@ -13,45 +11,11 @@ from .graph import Node, Op
 from .shapes import fixed, reshape_op
 
 
-def clamp(call: Call) -> Node:
-    """Bounds 0 and 6 are a ReLU6, 0 and none a ReLU."""
-    low = call.args.get("min_val", call.args.get("min"))
-    high = call.args.get("max_val", call.args.get("max"))
-    if low != 0:
-        return call.make(Op.OTHER)
-    return call.make(Op.RELU if high is None else Op.RELU6 if high == 6 else Op.OTHER)
-
-
-def relu(call: Call) -> Node:
-    """Max(x, 0)."""
-    return call.make(Op.RELU)
-
-
-def relu6(call: Call) -> Node:
-    """Min(max(x, 0), 6)."""
-    return call.make(Op.RELU6)
-
-
-def leaky_relu(call: Call) -> Node:
-    """Max(x, slope x)."""
-    return call.make(Op.LEAKY_RELU, slope=float(call.args["negative_slope"]))
-
-
 def dropout(call: Call) -> Node:
     """Nothing in eval mode; training mode is refused."""
     if call.args.get("train") and call.args.get("p"):
         raise UnsupportedModelError(f"dropout {call.node.name} was exported in training mode: {EVAL_REMEDY}")
     return call.make(Op.IDENTITY)
-
-
-def add(call: Call) -> Node:
-    """Sum of two activations of one shape; a constant, a parameter or broadcasting makes it OTHER."""
-    node = call.make(Op.ADD)
-    current, terms = call.tracker.current, (call.args["self"], call.args["other"])
-    inputs = tuple(current[term.name] for term in terms if isinstance(term, fx.Node) and term.name in current)
-    same = call.input_shape("self") == call.input_shape("other")
-    plain = len(inputs) == 2 and same and call.args.get("alpha", 1) == 1
-    return replace(node, inputs=inputs) if plain else replace(node, op=Op.OTHER)
 
 
 def cat(call: Call) -> Node:

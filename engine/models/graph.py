@@ -33,6 +33,10 @@ class Op(StrEnum):
     ADD = "add"
     MUL = "mul"
     """Product of two activations of one shape, or of a map and a gate with one value a channel (squeeze and excite)."""
+    AFFINE = "affine"
+    """Scale and offset a channel, by numbers or by parameters (a layer scale); ``affine`` says which."""
+    LIVE_NORM = "live_norm"
+    """LayerNorm over the last axis, GroupNorm, InstanceNorm: statistics of the batch itself, ``live_norm``."""
     CAT = "cat"
     """Concatenation along the channel axis."""
     AVG_POOL = "avg_pool"
@@ -116,6 +120,27 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Affine:
+    """``scale * weight * x + bias + offset``; weight and bias name tensors of one value a channel, or are None."""
+
+    scale: float = 1.0
+    offset: float = 0.0
+    weight: str | None = None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class LiveNorm:
+    """A norm of the values at hand: every channel group to mean 0 and variance 1, then weight and bias."""
+
+    weight: str | None
+    bias: str | None
+    eps: float
+    channels: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
 class Node:
     """One operation. ``inputs`` are names of earlier nodes; ``shape`` is the output's for the example input."""
 
@@ -126,6 +151,9 @@ class Node:
     target: str = ""
     layer: Layer | None = None
     norm: Norm | None = None
+    """A BatchNorm, and no other kind of norm."""
+    live_norm: LiveNorm | None = None
+    affine: Affine | None = None
     slope: float = 0.0
     """Negative slope of a leaky ReLU."""
     window: int = 1
@@ -171,6 +199,7 @@ class Pair:
 
     low: str
     norm: str
+    """Empty in a network without BatchNorm, where the activation follows the LOW layer itself."""
     activation: Op
     high: str
     offset: int = 0

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .graph import Graph, Layer, Node, Op, Pair, Pairing
-from .paths import End, behind_depthwise, layer_ends, norm_ends, reaches_output, reads_input
+from .paths import End, bare_ends, behind_depthwise, layer_ends, norm_ends, reaches_output, reads_input
 
 HOMOGENEOUS = (Op.RELU, Op.LEAKY_RELU, Op.IDENTITY)
 """Activations f with f(c z) = c f(z) for c >= 0: behind them the coefficient may fold into the norm."""
@@ -47,7 +47,8 @@ def find_pairs(graph: Graph) -> Pairing:
 
     A LOW layer is followed by a BatchNorm and an activation, and everything that reads that tensor is a weight layer;
     behind a concatenation every norm that reads a slice gives a pair of its own. Spatial kernels are chosen first, in
-    graph order, so that the 3x3 of a bottleneck is LOW and both 1x1 are not. No layer is LOW and HIGH at once.
+    graph order, so that the 3x3 of a bottleneck is LOW and both 1x1 are not. No layer is LOW and HIGH at once. In a
+    graph without any BatchNorm (folded into the layers, or none ever) a LOW layer's activation follows it directly.
     """
     finder = _Finder(graph)
     reasons: dict[str, str] = {}
@@ -104,8 +105,7 @@ class _Finder:
     def candidate(self, layer: Layer) -> Candidate:
         self._check_role(layer)
         node = self.nodes[layer.name][0]
-        norms = self._norms(node, layer)
-        pairs = tuple(pair for end in norms for pair in self._pairs(layer, end))
+        pairs = self._normed_pairs(layer, node) if self.norm_tensors else self._bare_pairs(layer, node)
         if not CLASSIFIER_REPAIRS and repaired_by_classifier_alone(pairs, self.classifiers):
             raise _Ineligible("read by the classifier only")
         project = all(pair.activation is Op.IDENTITY for pair in pairs) and behind_depthwise(self.graph, node)
@@ -142,29 +142,32 @@ class _Finder:
             raise _Ineligible("pointwise, and its norms are behind a concatenation or a pool")
         return ends
 
-    def _pairs(self, layer: Layer, norm: End) -> list[Pair]:
-        ends = layer_ends(self.graph, norm.node)
+    def _normed_pairs(self, layer: Layer, node: Node) -> tuple[Pair, ...]:
+        pairs: list[Pair] = []
+        for end in self._norms(node, layer):
+            assert end.node.norm is not None
+            pairs += self._pairs(layer, end.node.norm.name, end.offset, layer_ends(self.graph, end.node))
+        return tuple(pairs)
+
+    def _bare_pairs(self, layer: Layer, node: Node) -> tuple[Pair, ...]:
+        ends = bare_ends(self.graph, node, layer.out_channels)
+        pairs = self._pairs(layer, "", 0, ends)
+        if any(pair.activation is Op.IDENTITY for pair in pairs):
+            raise _Ineligible(f"no activation between it and {pairs[0].high}")
+        return tuple(pairs)
+
+    def _pairs(self, layer: Layer, norm: str, offset: int, ends: list[End]) -> list[Pair]:
         for end in ends:
             self._check_reader(end)
         activations = {end.activation for end in ends}
         if not ends or len(activations) > 1:
-            raise _Ineligible("its norm is read with different activations" if ends else "no layer reads it")
+            what = "its norm" if norm else "it"
+            raise _Ineligible(f"{what} is read with different activations" if ends else "no layer reads it")
         readers = [end.node.layer.name for end in ends if end.node.layer is not None]
-        because = _unfolded(activations.pop(), readers)
-        assert norm.node.norm is not None
+        because = _unfolded(activations.pop(), readers) if norm else "no norm to fold it into"
         return [
-            Pair(
-                layer.name,
-                norm.node.norm.name,
-                end.activation,
-                end.node.layer.name,
-                norm.offset,
-                end.repeat,
-                folds=not because,
-                unfolded_because=because,
-            )
-            for end in ends
-            if end.node.layer is not None
+            Pair(layer.name, norm, end.activation, reader, offset, end.repeat, not because, because)
+            for end, reader in zip(ends, readers, strict=True)
         ]
 
     def _check_reader(self, end: End) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from .graph import Graph, Node, Op
 
 ACTIVATIONS = (Op.RELU, Op.RELU6, Op.LEAKY_RELU)
+"""Activations that a pair looks through behind a BatchNorm."""
+SMOOTH = (Op.SILU, Op.GELU, Op.HARDSWISH, Op.HARDSIGMOID, Op.SIGMOID, Op.TANH)
+"""Activations that it looks through besides where there is no BatchNorm, so that transformers have pairs."""
 _POOLS = (Op.AVG_POOL, Op.MAX_POOL)
 
 
@@ -36,24 +39,39 @@ def keeps_channels(node: Node) -> bool:
 def norm_ends(graph: Graph, node: Node) -> list[End]:
     """Follow a layer's raw output through identities, pools and concatenations to every node that reads it."""
     start = End(node, channels=node.shape[1] if len(node.shape) > 1 else 0)
-    return list(_walk(graph, start, behind_norm=False))
+    return list(_walk(graph, start, lambda at, user: _concatenate(graph, at, user)))
 
 
 def layer_ends(graph: Graph, norm: Node) -> list[End]:
     """Follow a norm's output through its activation, identities, pools and flattening to every node that reads it."""
-    return list(_walk(graph, End(norm, channels=norm.shape[1]), behind_norm=True))
+    return list(_walk(graph, End(norm, channels=norm.shape[1]), _activate))
 
 
-def _walk(graph: Graph, at: End, *, behind_norm: bool) -> Iterator[End]:
+def bare_ends(graph: Graph, node: Node, channels: int) -> list[End]:
+    """Follow a layer's output as ``layer_ends`` follows a norm's, through smooth activations too.
+
+    Where the channels lie along the last axis (a linear layer over tokens), nothing that changes the shape is looked
+    through: it would mix them.
+    """
+    start = End(node, channels=channels)
+    if len(node.shape) == 2 or node.op is not Op.LINEAR:
+        return list(_walk(graph, start, lambda at, user: _activate_smoothly(at, user) or _activate(at, user)))
+    return list(_walk(graph, start, _activate_tokens, lambda user: user.op is Op.IDENTITY and user.shape == node.shape))
+
+
+def _walk(
+    graph: Graph, at: End, step: Callable[[End, Node], End | None], keeps: Callable[[Node], bool] = keeps_channels
+) -> Iterator[End]:
     for user in graph.users[at.node.name]:
-        step = _activate(at, user) if behind_norm else _concatenate(graph, at, user)
-        if keeps_channels(user):
+        if keeps(user):
             raw = at.raw and user.op is Op.IDENTITY
-            step = End(user, at.activation, at.repeat, at.offset, at.channels, raw)
-        if step is None:
+            after: End | None = End(user, at.activation, at.repeat, at.offset, at.channels, raw)
+        else:
+            after = step(at, user)
+        if after is None:
             yield End(user, at.activation, at.repeat, at.offset, at.channels, at.raw)
         else:
-            yield from _walk(graph, step, behind_norm=behind_norm)
+            yield from _walk(graph, after, step, keeps)
 
 
 def _activate(at: End, user: Node) -> End | None:
@@ -65,6 +83,16 @@ def _activate(at: End, user: Node) -> End | None:
         space = prod(at.node.shape[2:])
         return End(user, at.activation, at.repeat * space, at.offset, at.channels * space, False)
     return None
+
+
+def _activate_smoothly(at: End, user: Node) -> End | None:
+    if user.op in SMOOTH and at.activation is Op.IDENTITY:
+        return End(user, user.op, at.repeat, at.offset, at.channels, False)
+    return None
+
+
+def _activate_tokens(at: End, user: Node) -> End | None:
+    return None if user.op is Op.FLATTEN else _activate_smoothly(at, user) or _activate(at, user)
 
 
 def _concatenate(graph: Graph, at: End, user: Node) -> End | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from dfmpc.compress.gaussian import Moments, relu
+from dfmpc.compress.readers import direct_readers, heard_by_norms
 from dfmpc.compress.state import State, image_state, propagate
-from dfmpc.compress.walk import direct_readers, heard_by_norms
 from dfmpc.models.graph import Graph, Layer, Node, Norm, Op
 from torch import Tensor
 

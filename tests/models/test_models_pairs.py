@@ -150,12 +150,6 @@ def test_channel_padding_bars_the_layer() -> None:
     assert pairing.reasons["3"] == "output read by pad (aten.pad.default)"
 
 
-def test_a_network_without_batch_norm_has_reasons_only() -> None:
-    net = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), conv(4, 2))
-    pairing = find_pairs(capture(net.eval(), (2, 3, 8, 8)))
-    assert pairing == Pairing((), {"0": "stem", "2": "no BatchNorm behind it", "4": "classifier"})
-
-
 def test_a_decomposed_program_has_the_same_pairs() -> None:
     net = nn.Sequential(
         conv(3, 4), nn.BatchNorm2d(4), nn.ReLU6(), conv(4, 6), nn.BatchNorm2d(6), nn.LeakyReLU(), conv(6, 6),
