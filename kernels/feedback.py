@@ -17,9 +17,9 @@ from .grids import Steps, grid_steps, in_steps, losses
 from .launch import LaunchShape, on_device, power_of_two_above, use_triton
 
 BLOCK = 128
-"""Columns between two matmuls on a device."""
+"""Columns between two matmuls with all others."""
 SUB = 16
-"""Columns between two matmuls in the reference."""
+"""Columns between two matmuls within a block, in the reference."""
 TILE = 512
 """Elements a program holds of each of its three tiles; one warp, so that no column has to cross warps."""
 
@@ -43,44 +43,58 @@ class _Sweep:
     def __init__(self, y: Tensor, factor: Tensor, steps: Steps, group: Tensor | None, lost: Tensor | None) -> None:
         self.y, self.factor, self.again = y.permute(2, 0, 1).contiguous(), factor, lost is not None
         self.level = torch.empty_like(self.y)
-        self.lost = torch.empty_like(self.y) if lost is None else lost.permute(2, 0, 1).contiguous()
-        self.arrays: tuple[Array, Array, Array] = self.y.numpy(), self.lost.numpy(), self.level.numpy()
+        self.lost = torch.zeros_like(self.y) if lost is None else lost.permute(2, 0, 1).contiguous()
+        # what the columns are before: themselves, or the values that they had
+        self.before = self.y if lost is None else self.y - self.lost
+        self.arrays: tuple[Array, Array] = self.before.numpy(), self.level.numpy()
         # [earlier column, later column, batch, 1]
         self.a_factor: Array = factor.permute(1, 2, 0)[..., None].numpy()
         # scalars would be converted at every call
         self.low, self.high = np.array(steps.low, np.float32), np.array(steps.high, np.float32)
-        self.a_steps: tuple[Array, ...] = ()
+        self.steps: tuple[Tensor, ...] = ()
         if group is not None:
             where = group.mT[:, :, None].expand(self.y.shape)
             factors = (steps.inverse, steps.offset, steps.step)
-            self.a_steps = tuple(f.permute(2, 0, 1).gather(0, where).cpu().numpy() for f in factors)
+            self.steps = tuple(f.permute(2, 0, 1).gather(0, where) for f in factors)
+        self.a_steps: tuple[Array, ...] = tuple(tensor.numpy() for tensor in self.steps)
 
     def block(self, first: int, last: int) -> None:
-        """Round columns ``first`` to ``last``: one matmul for what all others have lost, then one by one."""
+        """Round columns ``first`` to ``last``: one matmul for what all others have lost, then a few at a time."""
         now, others = self.y[first:last].transpose(0, 1), len(self.y) if self.again else first
         lost = self.lost[:others].transpose(0, 1)
         now = torch.baddbmm(now, self.factor[:, :others, first:last].mT, lost) if others else now.clone()
-        self._one_by_one(first, now.transpose(0, 1).numpy())
+        for start in range(first, last, SUB):
+            end = min(start + SUB, last)
+            self._one_by_one(start, now[:, start - first : end - first].transpose(0, 1).numpy())
+            if end < last:
+                anew = (self.before[start:end] - self._value(start, end)).transpose(0, 1)
+                now[:, end - first :].baddbmm_(self.factor[:, start:end, end:last].mT, anew)
+        torch.sub(self.y[first:last], self._value(first, last), out=self.lost[first:last])
+
+    def _value(self, first: int, last: int) -> Tensor:
+        """What the levels of columns ``first`` to ``last`` stand for, in units of y."""
+        if not self.steps:
+            return self.level[first:last]
+        return (self.level[first:last] - self.steps[1][first:last]).mul_(self.steps[2][first:last])
 
     def _one_by_one(self, first: int, a_now: Array) -> None:
-        """Round the columns whose weights have become ``a_now`` [width, batch, rows], in place, and keep their losses.
+        """Round the columns whose weights have become ``a_now`` [width, batch, rows], in place.
 
         No sub-function and few temporaries: this runs once a column of every layer.
         """
         last, low, high = first + len(a_now), self.low, self.high
-        (y, lost, level), factor = self.arrays, self.a_factor
+        (before, level), factor = self.arrays, self.a_factor
         for k in range(first, last):
-            x, u, d = a_now[k - first], level[k], lost[k]
+            x, u = a_now[k - first], level[k]
             if self.a_steps:
                 inverse, offset, step = (array[k] for array in self.a_steps)
                 x = x * inverse + offset
             np.rint(x, out=u)
             np.maximum(u, low, out=u)
             np.minimum(u, high, out=u)
-            before = d.copy() if self.again else None
-            np.subtract(y[k], (u - offset) * step if self.a_steps else u, out=d)
             if k + 1 < last:
-                a_now[k + 1 - first :] += factor[k, k + 1 : last] * (d if before is None else d - before)
+                lost = before[k] - ((u - offset) * step if self.a_steps else u)
+                a_now[k + 1 - first :] += factor[k, k + 1 : last] * lost
 
 
 def feedback_round_reference(
@@ -96,10 +110,10 @@ def feedback_round_reference(
 ) -> Tensor:
     """Round the columns of ``weight`` in their order, each corrected by ``factor`` for what those before it lost.
 
-    ``weight`` is float32 [batch, rows, length]; ``factor`` float32 [batch, length, length], of which only what lies
-    above the diagonal is read: V of H = V D Vᵀ; ``scale`` and, for the asymmetric grid, ``zero_point`` float32
-    [batch, rows, groups]; ``group`` int64 [batch, length] names each column's scale (None: one a row). Returns the
-    stored integers, uint8 [batch, rows, length]. A factor of zeros gives plain rounding, ties to even.
+    On the CPU: ``weight`` is float32 [batch, rows, length]; ``factor`` float32 [batch, length, length], of which only
+    what lies above the diagonal is read: V of H = V D Vᵀ; ``scale`` and, for the asymmetric grid, ``zero_point``
+    float32 [batch, rows, groups]; ``group`` int64 [batch, length] names each column's scale (None: one a row). Returns
+    the stored integers, uint8 [batch, rows, length]. A factor of zeros gives plain rounding, ties to even.
 
     With ``start``, such integers, this is a pass of coordinate descent on (w − q)'H(w − q) instead: each column is
     rounded anew, given what all others have lost. ``factor`` is then all of H_jk / H_kk, with a diagonal of zeros.
@@ -114,11 +128,11 @@ def feedback_round_reference(
     _check(weight, factor, scale, group)
     steps = grid_steps(grid, bits, scale, zero_point)
     y = in_steps(weight, steps, group)
-    lost = None if start is None else losses(y, start, steps, group).cpu()
-    sweep = _Sweep(y.cpu(), factor.cpu(), steps, group, lost)
-    for first in range(0, weight.shape[2], SUB):
-        sweep.block(first, min(first + SUB, weight.shape[2]))
-    return sweep.level.to(torch.uint8).permute(1, 2, 0).contiguous().to(weight.device)
+    lost = None if start is None else losses(y, start, steps, group)
+    sweep = _Sweep(y, factor, steps, group, lost)
+    for first in range(0, weight.shape[2], BLOCK):
+        sweep.block(first, min(first + BLOCK, weight.shape[2]))
+    return sweep.level.to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 @jit
@@ -251,6 +265,12 @@ def feedback_round(
     group: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Round with error feedback; see ``feedback_round_reference``."""
-    run = feedback_round_triton if use_triton(weight) else feedback_round_reference
-    return run(weight, factor, grid, bits, scale, zero_point, group=group, start=start)
+    """Round with error feedback, on the CPU where there is no kernel; see ``feedback_round_reference``."""
+    if use_triton(weight):
+        return feedback_round_triton(weight, factor, grid, bits, scale, zero_point, group=group, start=start)
+    cpu = [None if part is None else part.cpu() for part in (zero_point, group, start)]
+    zero_point, group, start = cpu
+    found = feedback_round_reference(
+        weight.cpu(), factor.cpu(), grid, bits, scale.cpu(), zero_point, group=group, start=start
+    )
+    return found.to(weight.device)

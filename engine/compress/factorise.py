@@ -77,8 +77,7 @@ def _cholesky(moments: Tensor, usable: Tensor, damp: float) -> tuple[Tensor, Ten
 
     A matrix without a factor gets the identity and a ridge of Inf.
     """
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    moments[~usable] = identity
+    _make_identity(moments, ~usable)
     diagonal = moments.diagonal(dim1=1, dim2=2)
     mean, pending = diagonal.mean(1), usable
     ridge, taken = torch.zeros_like(mean), 0.0
@@ -93,8 +92,13 @@ def _cholesky(moments: Tensor, usable: Tensor, damp: float) -> tuple[Tensor, Ten
         if not bool(pending.any()):
             break
     failed = pending | ~usable
-    lower[failed] = identity
+    _make_identity(lower, failed)
     return lower, ridge.masked_fill(failed, torch.inf).float(), taken
+
+
+def _make_identity(matrices: Tensor, where: Tensor) -> None:
+    if bool(where.any()):
+        matrices[where] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _reason(failed: int, batch: int) -> str:
