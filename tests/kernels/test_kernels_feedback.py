@@ -94,6 +94,41 @@ def test_launcher_equals_reference_beyond_a_block(grouped: bool, device: str) ->
     assert torch.equal(found, expected)
 
 
+def couplings(batch: int, length: int) -> Tensor:
+    """H_jk / H_kk with a diagonal of zeros."""
+    a = torch.randn(batch, length, 2 * length, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+    moments = a @ a.mT
+    found = moments / moments.diagonal(dim1=1, dim2=2)[:, None]
+    return (found - torch.eye(length)).float()
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one-scale", "three-groups"])
+@pytest.mark.parametrize("shape", [(2, 3, 23), (1, 2, 133)], ids=str)
+def test_descent_rounds_each_column_given_all_others(shape: tuple[int, int, int], grouped: bool, device: str) -> None:
+    case = problem(*shape, groups=3 if grouped else 1)
+    case["factor"] = couplings(shape[0], shape[2])
+    start = torch.randint(0, 8, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    arguments = (case["weight"], case["factor"], Grid.DOREFA, 3, case["scale"], None)
+    found = feedback_round_reference(*arguments, group=case["group"] if grouped else None, start=start)
+    assert torch.equal(found, plain_descent(case, start, 3))
+    there = [part.to(device) if isinstance(part, Tensor) else part for part in arguments]
+    group = case["group"].to(device) if grouped else None
+    assert torch.equal(feedback_round_triton(*there, group=group, start=start.to(device)).cpu(), found)
+
+
+def plain_descent(case: dict[str, Tensor], start: Tensor, bits: int) -> Tensor:
+    """A pass over DoReFa levels in float64, one batch, row and column at a time."""
+    levels, top = start.clone(), 2**bits - 1
+    for b, row in ((b, row) for b in range(start.shape[0]) for row in range(start.shape[1])):
+        scale = case["scale"][b, row, case["group"][b]].double()
+        weight, factor = case["weight"][b, row].double(), case["factor"][b].double()
+        for k in range(start.shape[2]):
+            lost = weight - scale * (2 * levels[b, row].double() / top - 1)
+            x = weight[k] + lost @ factor[:, k]
+            levels[b, row, k] = int(((x / scale[k] + 1) * top / 2).round().clamp(0, top))
+    return levels
+
+
 @pytest.mark.parametrize(("grid", "middle"), [(Grid.TERNARY, 1), (Grid.SYMMETRIC, 4)])
 @pytest.mark.parametrize("grouped", [False, True], ids=["one-scale", "one-group"])
 def test_a_scale_of_zero_gives_zeros_and_no_nan(grid: Grid, middle: int, grouped: bool, device: str) -> None:
