@@ -15,7 +15,7 @@ from .errors import NonFiniteError, UsageError
 from .job.expand import ModelSource
 from .job.loader import load_job
 from .job.plan import plan_from
-from .models.capture import capture
+from .models.capture import capture_program, export_program
 from .models.factory import AllowList
 from .models.load import LoadedModel
 from .run.scheduler import RunOptions, RunSummary, run_job
@@ -70,5 +70,6 @@ def compress(module: nn.Module, input_shape: Sequence[int], *, device: str = "cp
     shape = tuple(int(size) for size in input_shape)
     source = ModelSource(name="module", input=list(shape))
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    loaded = LoadedModel(source, model, capture(model, shape), state, shape, size)
+    exported = export_program(model, shape)
+    loaded = LoadedModel(source, model, capture_program(exported), state, shape, size, exported)
     return compress_model(loaded, chosen, (), device)

@@ -12,10 +12,14 @@ from dfmpc.kernels.formats import NUMERICS_VERSION
 from pydantic import JsonValue
 
 from ..compress.compress import describe_plan
+from ..compress.priors import PRIORS_VERSION
+from ..job.calibrators import SyntheticCalibrator
 from ..job.expand import ModelSource, Task
+from ..job.methods import DfmpcPlan
+from ..job.recipes import steps_of
 from .manifest import FORMAT_VERSION
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 EVALUATION_VERSION = 1
 DTYPES: dict[str, JsonValue] = {"weights": "float32", "statistics": "float64", "scales": "float32"}
 
@@ -34,12 +38,15 @@ class TaskKey:
         return self.key[:12]
 
 
-def task_key(task: Task, digests: Sequence[str], *, distribution: str | None) -> TaskKey:
+def task_key(
+    task: Task, digests: Sequence[str], *, distribution: str | None, device: str = "cpu", threads: int = 1
+) -> TaskKey:
     """Return the key of ``task``.
 
     ``digests`` are the tree digests of ``models.load.input_files(task.model)``, in that order; ``distribution`` is
     ``models.factory.distribution_version`` of the factory, None for a program. Names of model and plan and paths are
-    left out, and so is the number of threads: compression computes with one.
+    left out. ``device`` and ``threads`` count only where the recipe factorises matrices or forwards images, whose last
+    bits depend on them and on torch; every other recipe gives the same bytes everywhere.
     """
     ingredients: dict[str, JsonValue] = {
         "key_version": KEY_VERSION,
@@ -49,6 +56,8 @@ def task_key(task: Task, digests: Sequence[str], *, distribution: str | None) ->
         "source": _source(task.model, digests, distribution),
         # what "auto" stands for may change, and then so do the bytes
         "recipe": describe_plan(task.plan).recipe,
+        "calibrator": _calibrator(task),
+        "numerics": _numerics(task, device, threads),
         "plan": task.plan.model_dump(mode="json", exclude={"name"}),
         "layers": [rule.model_dump(mode="json") for rule in task.layers],
     }
@@ -62,6 +71,27 @@ def _source(source: ModelSource, digests: Sequence[str], distribution: str | Non
     # the graph that lies in the artifact is written by torch, each version in its own way
     writer = version("torch") if source.program else None
     return {**fields, "distribution": distribution, "inputs": inputs, "torch": writer}
+
+
+def _calibrator(task: Task) -> JsonValue:
+    """What the calibrator is after its recipe's defaults, and what its images are made and normalised by."""
+    if not isinstance(task.plan, DfmpcPlan):
+        return None
+    calibrator = steps_of(task.plan).calibrator
+    found: dict[str, JsonValue] = calibrator.model_dump(mode="json")
+    if isinstance(calibrator, SyntheticCalibrator):
+        preprocess = task.model.preprocess
+        found |= {
+            "priors_version": PRIORS_VERSION,
+            "normalisation": preprocess.model_dump(mode="json", include={"mean", "std"}) if preprocess else None,
+        }
+    return found
+
+
+def _numerics(task: Task, device: str, threads: int) -> JsonValue:
+    if not (isinstance(task.plan, DfmpcPlan) and steps_of(task.plan).factorises):
+        return None
+    return {"device": device.partition(":")[0], "threads": threads, "torch": version("torch")}
 
 
 def evaluation_key(artifact_key: str, settings: Mapping[str, JsonValue], data_digest: str | None) -> str:

@@ -109,7 +109,7 @@ class Manifest(Strict):
     method: str
     recipe: str | None
     calibrator: str | None
-    tier: str = Field(description="none or closed-form.")
+    tier: str = Field(description="none, closed-form or synthetic.")
     key: Digest
     ingredients: dict[str, JsonValue] = Field(description="What the key is the digest of.")
     source: SourceEntry

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from dfmpc.kernels.formats import Grid
+from dfmpc.kernels.formats import CodeFormat, Grid
 
 from ..job.methods import DfmpcPlan, RtnPlan, role_granularity
+from ..job.neighbours import DfqPlan, NeighbourPlan, SquantPlan
 from ..job.schema import LayerRule
 from ..models.graph import Layer, Pairing
 
 Role = Literal["low", "high", "unpaired"]
+AnyPlan = DfmpcPlan | RtnPlan | NeighbourPlan
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,17 @@ class Assignment:
     granularity: str
     keep: bool = False
     reason: str = ""
+
+    @property
+    def format(self) -> CodeFormat:
+        """Grid and width of its codes."""
+        return CodeFormat(
+            self.grid,
+            self.bits,
+            self.layer.length,
+            self.layer.length if self.layer_wise else self.group_size,
+            self.layer_wise,
+        )
 
     @property
     def group_size(self) -> int:
@@ -51,14 +64,39 @@ def _dfmpc_grid(role: Role, bits: int) -> Grid:
     return Grid.TERNARY if role == "low" and bits == 2 else Grid.DOREFA
 
 
-def _assign_one(layer: Layer, plan: DfmpcPlan | RtnPlan, rule: LayerRule | None, pairing: Pairing) -> Assignment:
+_NEIGHBOUR_GRIDS = {
+    "omse": Grid.SYMMETRIC,
+    "vecq": Grid.DOREFA,
+    "mul2q": Grid.ASYMMETRIC,
+    "daq": Grid.ASYMMETRIC,
+    "hqq": Grid.ASYMMETRIC,
+}
+
+
+def _neighbour_grid(plan: NeighbourPlan, bits: int) -> Grid:
+    if isinstance(plan, DfqPlan | SquantPlan):
+        return Grid.SYMMETRIC if plan.symmetric else Grid.ASYMMETRIC
+    if plan.method == "twn-exact":
+        return Grid.TERNARY if bits == 2 else Grid.DOREFA
+    return _NEIGHBOUR_GRIDS[plan.method]
+
+
+def _planned_bits(plan: AnyPlan, side: Literal["low", "high"]) -> int:
+    if isinstance(plan, NeighbourPlan):
+        return plan.width(side)
+    return plan.bits if isinstance(plan, RtnPlan) else int(getattr(plan, side))
+
+
+def _assign_one(layer: Layer, plan: AnyPlan, rule: LayerRule | None, pairing: Pairing) -> Assignment:
     role = _role(layer, pairing)
     side: Literal["low", "high"] = "low" if role == "low" else "high"
-    planned = plan.bits if isinstance(plan, RtnPlan) else getattr(plan, side)
+    planned = _planned_bits(plan, side)
     bits = rule.bits if rule and rule.bits else planned
     granularity = rule.granularity if rule and rule.granularity else role_granularity(plan, side)
     if isinstance(plan, RtnPlan):
         grid = Grid.SYMMETRIC if plan.symmetric else Grid.ASYMMETRIC
+    elif isinstance(plan, NeighbourPlan):
+        grid = _neighbour_grid(plan, bits)
     else:
         grid = _dfmpc_grid(role, bits)
     reason = pairing.reasons.get(layer.name, "")
@@ -66,7 +104,7 @@ def _assign_one(layer: Layer, plan: DfmpcPlan | RtnPlan, rule: LayerRule | None,
 
 
 def assign(
-    layers: Sequence[Layer], plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule], pairing: Pairing
+    layers: Sequence[Layer], plan: AnyPlan, rules: Sequence[LayerRule], pairing: Pairing
 ) -> dict[str, Assignment]:
     """Return every layer's assignment by name, in the order of ``layers``; the first rule that matches wins."""
     chosen = {}

@@ -1,7 +1,9 @@
-"""Calibrators: how BatchNorm statistics of a quantized network are re-estimated without data, one interface.
+"""Calibrators: how norm statistics of a quantized network are re-estimated without data, one interface.
 
-A calibrator sees every weight layer in graph order (``through_layer``) and every norm (``restate``); between them the
-states travel by ``state.propagate``. Formulas: docs/methods.md, "Calibrators".
+A calibrator carries the original and the quantized network side by side through the captured graph, node by node in
+execution order. It tells what rounding wants to know of a layer's input, and what a norm's statistics have become.
+Implementations: ``channel`` (none, norm, analytic by channel moments), ``spectral`` (analytic by cross-spectra) and
+``synthetic`` (forward passes over images made from no data).
 """
 
 from __future__ import annotations
@@ -10,14 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..job.calibrators import AnalyticCalibrator, NoCalibrator, NormCalibrator
-from ..models.graph import Layer
-from .gaussian import Moments
-from .state import State, image_state
-from .taps import Taps, refine_mean
+from ..models.graph import Layer, Node
+from .taps import Taps
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a calibrator may ask of one layer. Norms and taps are those of the weight with c in it."""
+    """What a calibrator may ask of one layer once it is quantized. Everything has c in the quantized weight."""
 
     layer: Layer
     low: bool
@@ -42,97 +40,37 @@ class LayerView:
     """Norm of the quantized over norm of the original row, float64 [out]; 1 for a zero row."""
     taps: Callable[[], tuple[Taps, Taps]]
     """Original and quantized tap sums; computed only when asked for."""
+    rows: Callable[[], tuple[Tensor, Tensor]]
+    """Original and quantized weight, float32 [out, length]; computed only when asked for."""
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """What rounding may know of a layer's input patches h and output t, float32 [groups, …], over all positions.
+
+    K = in_channels / groups * taps in the order of ``rows.to_rows``.
+    """
+
+    second: Tensor
+    """[groups, K, K]: H = Cov(h, h) in the quantized network."""
+    cross: Tensor | None = None
+    """[groups, out / groups, K]: Cov(t, h), t the output that the original network wants; None where unknown."""
 
 
 class Calibrator(Protocol):
-    """What the walk over the graph needs of a calibrator."""
+    """What the walk over the graph needs of a calibrator; every node is visited once by the method that fits it."""
 
-    rho: float
-    """Correlation between neighbouring positions, used by average pools."""
+    def input_moments(self, node: Node) -> InputMoments | None:
+        """Return the second moments in front of a weight layer; None where this calibrator knows none."""
 
-    def through_layer(self, state: State, view: LayerView) -> State:
-        """Return the state behind a weight layer."""
+    def through_layer(self, node: Node, view: LayerView) -> None:
+        """Carry both networks through a weight layer."""
 
-    def restate(self, statistics: Statistics, eps: float, state: State) -> Statistics:
-        """Return a norm's statistics for the quantized network; ``state`` is that of its input."""
+    def take_shift(self, node: Node) -> Tensor | None:
+        """Return mean output of the quantized less the original layer, float64 [out], and remove it from the former."""
 
+    def restate(self, node: Node) -> Statistics:
+        """Return a norm's statistics for the quantized network, and carry both networks through it."""
 
-class KeepStatistics:
-    """``none``: statistics stay as they are."""
-
-    rho = 0.5
-
-    def through_layer(self, state: State, view: LayerView) -> State:  # noqa: ARG002 - the interface's signature
-        """Nothing is propagated."""
-        return image_state(view.layer.out_channels)
-
-    def restate(self, statistics: Statistics, eps: float, state: State) -> Statistics:  # noqa: ARG002
-        """Return the statistics unchanged."""
-        return statistics
-
-
-class ScaleByNorm:
-    """``norm``: behind a LOW layer μ̂ = μ r and σ̂ = σ r, r the ratio of the row norms (methods.md, section 2)."""
-
-    rho = 0.5
-
-    def through_layer(self, state: State, view: LayerView) -> State:  # noqa: ARG002 - the interface's signature
-        """Carry r squared as the ratio of the variances to the norms that read this layer."""
-        fresh = image_state(view.layer.out_channels)
-        ratio = view.norm_ratio.square() if view.low else torch.ones_like(fresh.variance)
-        return State(fresh.mean, fresh.variance, fresh.shift, ratio)
-
-    def restate(self, statistics: Statistics, eps: float, state: State) -> Statistics:
-        """Scale mean and sigma (with eps in it) by r."""
-        ratio = (state.quantized_variance / state.variance.clamp_min(1e-300)).sqrt()
-        variance = ((statistics.variance + eps) * ratio.square() - eps).clamp_min(0)
-        return Statistics(statistics.mean * ratio, variance)
-
-
-class PropagateMoments:
-    """``analytic``: mean shift and variance ratio from channel moments propagated in closed form."""
-
-    def __init__(self, options: AnalyticCalibrator) -> None:
-        """Take ρ and τ from the job's options."""
-        self.rho, self.tau = options.rho, options.tau
-
-    def through_layer(self, state: State, view: LayerView) -> State:
-        """Return the moments behind the layer: of W in the original network, of Ŵ in the quantized one."""
-        original, quantized = view.taps()
-        mean = self._input_mean(state, view, original)
-        output = original.apply(mean)
-        shift = quantized.apply(mean + state.shift) - output
-        return State(
-            output + view.bias,
-            original.quadratic(state.variance, self.rho),
-            shift,
-            quantized.quadratic(state.quantized_variance, self.rho),
-        )
-
-    def _input_mean(self, state: State, view: LayerView, original: Taps) -> Tensor:
-        if self.tau is None or view.observed is None:
-            return state.mean
-        target = view.observed.mean - view.bias
-        mean = refine_mean(original, state.mean, state.variance, target, view.observed.variance, self.tau)
-        if state.lower is not None or state.upper is not None:
-            mean = mean.clamp(state.lower, state.upper)
-        # One rounding to float32 hides the last bits in which a factorisation may differ between machines.
-        return mean.float().double()
-
-    def restate(self, statistics: Statistics, eps: float, state: State) -> Statistics:  # noqa: ARG002 - eps stays untouched
-        """Shift the mean; scale the variance by the ratio of the quadratic forms (1 where the original's is 0)."""
-        known = state.variance > 0
-        ratio = torch.where(known, state.quantized_variance / torch.where(known, state.variance, 1.0), 1.0)
-        return Statistics(statistics.mean + state.shift, statistics.variance * ratio)
-
-
-def make_calibrator(options: AnalyticCalibrator | NormCalibrator | NoCalibrator) -> Calibrator:
-    """Return the calibrator that ``options`` name."""
-    if isinstance(options, AnalyticCalibrator):
-        return PropagateMoments(options)
-    return ScaleByNorm() if isinstance(options, NormCalibrator) else KeepStatistics()
-
-
-def behind_norm(gamma: Tensor, beta: Tensor) -> State:
-    """Return the state behind a re-estimated norm: mean β and variance γ² in both networks."""
-    return State.settled(Moments(beta, gamma.square()))
+    def propagate(self, node: Node) -> None:
+        """Carry both networks through a node that is neither a weight layer nor a norm."""

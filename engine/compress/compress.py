@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from dfmpc.kernels.formats import Quantized
 from torch import Tensor
 
 from ..errors import NonFiniteError, UnsupportedModelError
-from ..job.calibrators import NoCalibrator
 from ..job.methods import DfmpcPlan, RtnPlan
+from ..job.recipes import Steps, steps_of
 from ..job.schema import LayerRule
 from ..models.graph import Layer, Pair, Pairing
 from ..models.load import LoadedModel
 from ..models.pairs import find_pairs
 from .assign import Assignment, assign
-from .calibrate import make_calibrator
-from .compensate import summarise
-from .quantize import clipped_fraction, original_taps, quantize_layer, quantized_taps
-from .result import Compressed, QuantizedLayer
-from .rows import to_rows
-from .taps import Taps
+from .calibrate import InputMoments
+from .make_calibrator import make_calibrator
+from .quantize import quantize_layer
+from .result import Compressed
+from .rounding import RoundedLayer, round_layer
 from .walk import Lambdas, LayerFigures, Walk, WalkResult
+from .work import LayerWork, Moments, kept_figures
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class PlanDescription:
     method: str
     recipe: str
     tier: str
-    """none (no statistics are re-estimated) or closed-form (they are, without images of any kind)."""
+    """none (no statistics are re-estimated), closed-form (they are, without images) or synthetic (from images made
+    from no data)."""
     calibrator: str
 
 
@@ -43,31 +42,37 @@ def describe_plan(plan: DfmpcPlan | RtnPlan) -> PlanDescription:
     """Return method, resolved recipe, tier and calibrator of ``plan``."""
     if isinstance(plan, RtnPlan):
         return PlanDescription("rtn", "", "none", "none")
-    tier = "none" if isinstance(plan.calibrator, NoCalibrator) else "closed-form"
-    return PlanDescription("dfmpc", "published", tier, plan.calibrator.name)
+    steps = steps_of(plan)
+    return PlanDescription("dfmpc", steps.name, steps.tier, steps.calibrator.name)
 
 
 def compress_model(
-    model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule] = (), device: str = "cpu"
+    model: LoadedModel,
+    plan: DfmpcPlan | RtnPlan,
+    rules: Sequence[LayerRule] = (),
+    device: str = "cpu",
+    threads: int = 1,
 ) -> Compressed:
     """Quantize every weight layer of ``model`` under ``plan`` and repair what the plan's method repairs.
 
-    ``device`` is where the kernels run; everything of a channel's size is computed on the CPU in float64, with one
-    thread: the operations are too small to share, and a factorisation's last bits would depend on the number.
+    ``device`` is where the kernels, the forward passes and the factorisations run. ``threads`` is how many of the CPU
+    those take where the recipe has any; everything of a channel's size is computed on the CPU in float64 with one
+    thread: such operations are too small to share.
 
     Raises:
         UnsupportedModelError: the network has no weight layer, or the method is dfmpc and it has no pair.
         NonFiniteError: a weight or a BatchNorm statistic is NaN or Inf.
 
     """
-    with _one_thread():
+    heavy = isinstance(plan, DfmpcPlan) and steps_of(plan).factorises
+    with _threads(threads if heavy else 1), torch.inference_mode():
         return _compress(model, plan, rules, device)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -78,16 +83,41 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     pairing = Pairing(()) if isinstance(plan, RtnPlan) else find_pairs(model.graph)
     _check(model, plan, pairing)
     assignments = assign(model.graph.layers, plan, rules, pairing)
-    work = {
-        name: _LayerWork(model, assignment, device) for name, assignment in assignments.items() if not assignment.keep
-    }
-    kept = {name: "kept by a layer rule" for name, assignment in assignments.items() if assignment.keep}
+    work = {name: LayerWork(model, given, device) for name, given in assignments.items() if not given.keep}
+    kept = {name: "kept by a layer rule" for name, given in assignments.items() if given.keep}
     if isinstance(plan, RtnPlan):
+        for item in work.values():
+            item.quantize(_plainly(device), lambda: None)
         return Compressed(tuple(item.finish(pairing, None) for item in work.values()), {}, kept)
+    steps = steps_of(plan)
     pairs = [pair for pair in pairing.pairs if pair.low in work and pair.high in work]
-    walked = _walk(model, plan, pairs, work, device)
+    walked = _walk(model, plan, steps, pairs, work, device)
     tensors = {name: value.float() for name, value in walked.tensors.items()}
     return Compressed(tuple(item.finish(pairing, walked) for item in work.values()), tensors, kept)
+
+
+def _plainly(device: str) -> Callable[[Tensor, Assignment, Moments], RoundedLayer]:
+    return lambda weight, assignment, _moments: RoundedLayer(quantize_layer(weight, assignment, device))
+
+
+def _walk(
+    model: LoadedModel, plan: DfmpcPlan, steps: Steps, pairs: Sequence[Pair], work: dict[str, LayerWork], device: str
+) -> WalkResult:
+    def tensor(name: str) -> Tensor:
+        return model.state[name].double()
+
+    def rounding(weight: Tensor, assignment: Assignment, moments: Moments) -> RoundedLayer:
+        return round_layer(weight, assignment, steps, moments, device)
+
+    def quantize(layer: Layer, moments: Callable[[], InputMoments | None]) -> LayerFigures:
+        if layer.name not in work:
+            return kept_figures(model, layer, device)
+        work[layer.name].quantize(rounding, moments)
+        return work[layer.name].figures()
+
+    calibrator = make_calibrator(model, steps.calibrator, device)
+    lambdas = Lambdas(plan.lambda1, plan.lambda2) if steps.compensate == "c" else None
+    return Walk(model.graph, pairs, quantize, tensor, calibrator, lambdas, steps.correct_biases).run()
 
 
 def _check(model: LoadedModel, plan: DfmpcPlan | RtnPlan, pairing: Pairing) -> None:
@@ -104,88 +134,3 @@ def _check(model: LoadedModel, plan: DfmpcPlan | RtnPlan, pairing: Pairing) -> N
         for tensor in (node.norm.running_mean, node.norm.running_var) if node.norm else ():
             if not bool(torch.isfinite(model.state[tensor]).all()):
                 raise NonFiniteError(f"{name}: {tensor} holds NaN or Inf; repair or retrain the checkpoint")
-
-
-class _LayerWork:
-    """One layer on its way: its codes, and its tap sums once somebody asks."""
-
-    def __init__(self, model: LoadedModel, assignment: Assignment, device: str) -> None:
-        started = time.perf_counter()
-        self.assignment, self.device = assignment, device
-        self.weight = model.state[assignment.layer.weight]
-        try:
-            self.quantized = quantize_layer(self.weight, assignment, device)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{model.source.name}: {assignment.layer.weight}: {error}") from error
-        self.clipped = clipped_fraction(self.weight, assignment.layer, self.quantized, device)
-        self.seconds = time.perf_counter() - started
-
-    def taps(self) -> tuple[Taps, Taps]:
-        """Return original and quantized tap sums."""
-        started = time.perf_counter()
-        layer = self.assignment.layer
-        found = original_taps(self.weight, layer, self.device), quantized_taps(self.quantized, layer)
-        self.seconds += time.perf_counter() - started
-        return found
-
-    def finish(self, pairing: Pairing, walked: WalkResult | None) -> QuantizedLayer:
-        """Return the layer as the artifact and the report want it."""
-        layer = self.assignment.layer
-        result = QuantizedLayer(
-            layer=layer,
-            role=self.assignment.role,
-            granularity=self.assignment.granularity,
-            quantized=self.quantized,
-            partners=_partners(layer, pairing.pairs),
-            reason=self.assignment.reason,
-            clipped_fraction=self.clipped,
-            seconds=self.seconds,
-        )
-        return result if walked is None else _with_walk(result, pairing, walked)
-
-
-def _partners(layer: Layer, pairs: Sequence[Pair]) -> tuple[str, ...]:
-    found = [pair.high for pair in pairs if pair.low == layer.name]
-    return tuple(dict.fromkeys(found or [pair.low for pair in pairs if pair.high == layer.name]))
-
-
-def _with_walk(result: QuantizedLayer, pairing: Pairing, walked: WalkResult) -> QuantizedLayer:
-    name = result.layer.name
-    scale = walked.input_scale.get(name)
-    solutions = walked.solutions.get(name)
-    folded = walked.folded.get(name)
-    unfolded = next((p.unfolded_because for p in pairing.pairs if p.low == name and p.unfolded_because), "")
-    return replace(
-        result,
-        input_scale=None if scale is None else scale.float(),
-        coefficients=summarise(solutions) if solutions else None,
-        folded=all(folded) if folded else None,
-        reason=result.reason or (unfolded if folded and not all(folded) else ""),
-        norm_shift=walked.norm_shift.get(name),
-    )
-
-
-def _walk(
-    model: LoadedModel, plan: DfmpcPlan, pairs: Sequence[Pair], work: Mapping[str, _LayerWork], device: str
-) -> WalkResult:
-    def tensor(name: str) -> Tensor:
-        return model.state[name].double()
-
-    figures = {layer.name: _figures(model, layer, work.get(layer.name), device) for layer in model.graph.layers}
-    lambdas = Lambdas(plan.lambda1, plan.lambda2) if plan.compensate else None
-    return Walk(model.graph, pairs, figures, tensor, make_calibrator(plan.calibrator), lambdas).run()
-
-
-def _figures(model: LoadedModel, layer: Layer, work: _LayerWork | None, device: str) -> LayerFigures:
-    bias = model.state[layer.bias].double() if layer.bias else torch.zeros(layer.out_channels, dtype=torch.float64)
-    if work is not None:
-        quantized: Quantized = work.quantized
-        return LayerFigures(layer, bias, quantized.dot, quantized.quantized_norm, quantized.original_norm, work.taps)
-    weight = model.state[layer.weight]
-    norms = to_rows(weight, layer).double().square().sum(1)
-
-    def unchanged() -> tuple[Taps, Taps]:
-        taps = original_taps(weight, layer, device)
-        return taps, taps
-
-    return LayerFigures(layer, bias, norms, norms, norms, unchanged)

@@ -18,7 +18,7 @@ from .taps import Taps
 
 def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quantized:
     """Return the codes of ``weight`` (stored shape, any floating type) under ``assignment``."""
-    rows = _rows(weight, assignment.layer, device)
+    rows = rows_on(weight, assignment.layer, device)
     if assignment.grid is Grid.TERNARY:
         return ternary(rows, group_size=assignment.group_size, layer_wise=assignment.layer_wise)
     return uniform(
@@ -33,15 +33,16 @@ def clipped_fraction(weight: Tensor, layer: Layer, quantized: Quantized, device:
         return 0.0
     if form.groups > 1:
         ends = ends.repeat_interleave(form.group_size, 1)[:, : form.length]
-    return int((_rows(weight, layer, device).abs() > ends).sum()) / max(1, layer.params)
+    return int((rows_on(weight, layer, device).abs() > ends).sum()) / max(1, layer.params)
 
 
 def original_taps(weight: Tensor, layer: Layer, device: str) -> Taps:
     """Return the tap sums of the original weight, on the CPU."""
-    return _taps(_rows(weight, layer, device), layer)
+    return _taps(rows_on(weight, layer, device), layer)
 
 
-def _rows(weight: Tensor, layer: Layer, device: str) -> Tensor:
+def rows_on(weight: Tensor, layer: Layer, device: str) -> Tensor:
+    """Return ``weight`` as [out, length] on ``device``, in its own type but for double precision."""
     # the network computes in float32, so double precision ends here
     dtype = torch.float32 if weight.dtype is torch.float64 else weight.dtype
     return to_rows(weight.to(device, dtype), layer)

@@ -1,18 +1,19 @@
-"""One walk over the graph: re-estimate every norm, solve for c behind LOW layers, hand c on to the HIGH ones."""
+"""One walk over the graph: quantize every layer, re-estimate every norm, solve for c and hand it on."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..models.graph import Graph, Layer, Node, Norm, Op, Pair
-from .calibrate import Calibrator, LayerView, Statistics, behind_norm
+from ..models.graph import Graph, Layer, Node, Norm, Pair
+from .calibrate import Calibrator, InputMoments, LayerView, Statistics
 from .compensate import NormVectors, Solution, solve
-from .state import State, image_state, propagate
+from .readers import Reader, direct_readers
+from .rows import scale_inputs
 from .taps import Taps
 
 
@@ -29,6 +30,12 @@ class LayerFigures:
     original_norm: Tensor
     taps: Callable[[], tuple[Taps, Taps]]
     """Original and quantized tap sums, before c."""
+    rows: Callable[[], tuple[Tensor, Tensor]]
+    """Original and quantized weight, float32 [out, length], before c."""
+
+
+Quantizer = Callable[[Layer, Callable[[], InputMoments | None]], LayerFigures]
+"""Quantizes a layer; asks for the second moments of its input where it rounds with them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class WalkResult:
     """What the walk found."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Corrected norm tensors by state-dict name, float64."""
+    """Corrected norm tensors and biases by state-dict name, float64."""
     input_scale: dict[str, Tensor] = field(default_factory=dict)
     """Unfolded coefficients by HIGH layer, float64 [in]."""
     solutions: dict[str, list[Solution]] = field(default_factory=lambda: defaultdict(list))
@@ -62,48 +69,62 @@ class Walk:
         self,
         graph: Graph,
         pairs: Sequence[Pair],
-        figures: Mapping[str, LayerFigures],
+        quantize: Quantizer,
         tensor: Callable[[str], Tensor],
         calibrator: Calibrator,
         lambdas: Lambdas | None,
+        correct_biases: bool = False,
     ) -> None:
-        """Take the network, its pairs, the layers' figures and a reader of original norm tensors (float64)."""
-        self.graph, self.figures, self.tensor = graph, figures, tensor
-        self.calibrator, self.lambdas = calibrator, lambdas
+        """Take the network, its pairs, what quantizes a layer and a reader of original tensors (float64).
+
+        ``correct_biases``: the shift of a layer's mean output that no norm takes up goes into the layer's bias.
+        """
+        self.graph, self.quantize, self.tensor = graph, quantize, tensor
+        self.calibrator, self.lambdas, self.correct_biases = calibrator, lambdas, correct_biases
+        self.figures: dict[str, LayerFigures] = {}
         self.lows = {pair.low for pair in pairs}
         self.pairs: dict[str, list[Pair]] = defaultdict(list)
         for pair in pairs:
-            self.pairs[pair.norm].append(pair)
-        self.states: dict[str, State] = {}
+            self.pairs[pair.norm or pair.low].append(pair)
         self.factors: dict[str, Tensor] = {}
         self.result = WalkResult()
         self.restated: set[str] = set()
-        self.heard = heard_by_norms(graph)
 
     def run(self) -> WalkResult:
         """Visit every node once, in execution order."""
         for node in self.graph.nodes:
-            inputs = [self.states[name] for name in node.inputs]
             if node.layer is not None:
-                self.states[node.name] = self._layer(node, node.layer, inputs[0])
+                self._layer(node, node.layer)
             elif node.norm is not None:
-                known = len(inputs[0].mean) == node.norm.channels
-                self.states[node.name] = self._norm(
-                    node, node.norm, inputs[0] if known else image_state(node.norm.channels)
-                )
+                self._norm(node, node.norm)
             else:
-                self.states[node.name] = propagate(node, inputs, self.calibrator.rho)
+                self.calibrator.propagate(node)
         return self.result
 
-    def _layer(self, node: Node, layer: Layer, state: State) -> State:
-        if node.name not in self.heard or len(state.mean) != layer.in_channels:
-            return image_state(layer.out_channels)
-        figures = self.figures[layer.name]
-        observed = next((self._observed(layer, reader) for reader in direct_readers(self.graph, node)), None)
+    def _layer(self, node: Node, layer: Layer) -> None:
+        first = layer.name not in self.figures
+        if first:
+            self.figures[layer.name] = self.quantize(layer, lambda: self.calibrator.input_moments(node))
+        figures, readers = self.figures[layer.name], direct_readers(self.graph, node)
+        observed = self._observed(layer, readers[0]) if readers else None
         view = LayerView(
-            layer, layer.name in self.lows, figures.bias, observed, _norm_ratio(figures), lambda: self._taps(figures)
+            layer,
+            layer.name in self.lows,
+            figures.bias,
+            observed,
+            _norm_ratio(figures),
+            lambda: self._taps(figures),
+            lambda: self._rows(figures),
         )
-        return self.calibrator.through_layer(state, view)
+        self.calibrator.through_layer(node, view)
+        if self.correct_biases and first and layer.bias and not readers:
+            self._correct_bias(node, layer, figures)
+
+    def _correct_bias(self, node: Node, layer: Layer, figures: LayerFigures) -> None:
+        shift = self.calibrator.take_shift(node)
+        if shift is not None and bool(shift.any()):
+            assert layer.bias is not None
+            self.result.tensors[layer.bias] = figures.bias - shift
 
     def _observed(self, layer: Layer, reader: Reader) -> Statistics:
         part = slice(reader.offset, reader.offset + layer.out_channels)
@@ -115,17 +136,20 @@ class Walk:
         factor = self.factors.get(figures.layer.name)
         return original, quantized if factor is None else quantized.scaled(factor)
 
-    def _norm(self, node: Node, norm: Norm, state: State) -> State:
+    def _rows(self, figures: LayerFigures) -> tuple[Tensor, Tensor]:
+        original, quantized = figures.rows()
+        factor = self.factors.get(figures.layer.name)
+        return original, quantized if factor is None else scale_inputs(quantized, figures.layer, factor.float())
+
+    def _norm(self, node: Node, norm: Norm) -> None:
+        new = self.calibrator.restate(node)
+        if norm.name in self.restated:
+            return
+        self.restated.add(norm.name)
         old = Statistics(self.tensor(norm.running_mean), self.tensor(norm.running_var))
-        gamma = self.tensor(norm.weight) if norm.weight else torch.ones_like(old.mean)
-        beta = self.tensor(norm.bias) if norm.bias else torch.zeros_like(old.mean)
-        if norm.name not in self.restated:
-            self.restated.add(norm.name)
-            new = self.calibrator.restate(old, norm.eps, state)
-            self._store(norm, old, new)
-            self._note_shift(node, norm, old, new)
-            self._compensate(norm, gamma, beta, old, new)
-        return behind_norm(gamma, beta)
+        self._store(norm, old, new)
+        self._note_shift(node, norm, old, new)
+        self._compensate(norm, old, new)
 
     def _store(self, norm: Norm, old: Statistics, new: Statistics) -> None:
         if not torch.equal(old.mean, new.mean):
@@ -139,7 +163,9 @@ class Walk:
             moved = (new.mean - old.mean) / (old.variance.clamp_min(0) + norm.eps).sqrt()
             self.result.norm_shift[layer.name] = float(moved.square().mean().sqrt())
 
-    def _compensate(self, norm: Norm, gamma: Tensor, beta: Tensor, old: Statistics, new: Statistics) -> None:
+    def _compensate(self, norm: Norm, old: Statistics, new: Statistics) -> None:
+        gamma = self.tensor(norm.weight) if norm.weight else torch.ones_like(old.mean)
+        beta = self.tensor(norm.bias) if norm.bias else torch.zeros_like(old.mean)
         sigma, quantized_sigma = ((s.variance.clamp_min(0) + norm.eps).sqrt() for s in (old, new))
         vectors = NormVectors(gamma, beta, old.mean, sigma, new.mean, quantized_sigma)
         for pair in self.pairs[norm.name] if self.lambdas else ():
@@ -158,7 +184,7 @@ class Walk:
     def _hand_on(self, pair: Pair, norm: Norm, part: slice, c: Tensor) -> None:
         spread = c.repeat_interleave(pair.repeat)
         inputs = slice(part.start * pair.repeat, part.stop * pair.repeat)
-        high = self.figures[pair.high].layer
+        high = next(layer for layer in self.graph.layers if layer.name == pair.high)
         self.factors.setdefault(high.name, _ones(high.in_channels))[inputs] = spread
         folds = pair.folds and norm.weight is not None and norm.bias is not None
         self.result.folded[pair.low].append(folds)
@@ -169,44 +195,6 @@ class Walk:
             assert name is not None
             stored = self.result.tensors.setdefault(name, self.tensor(name).clone())
             stored[part] = stored[part] * c
-
-
-def heard_by_norms(graph: Graph) -> set[str]:
-    """Return the nodes from which a norm can be reached; what no norm hears of needs no moments."""
-    heard: set[str] = set()
-    for node in reversed(graph.nodes):
-        if node.norm is not None or node.name in heard:
-            heard.update(node.inputs)
-    return heard
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A norm that states a layer's output, and where the layer's channels begin in it."""
-
-    norm: Norm
-    offset: int
-
-
-def direct_readers(graph: Graph, node: Node) -> list[Reader]:
-    """Return the norms behind a weight layer with nothing but concatenations between."""
-    found: list[Reader] = []
-    pending = [(node, 0)]
-    while pending:
-        current, offset = pending.pop(0)
-        for user in graph.users[current.name]:
-            if user.norm is not None:
-                found.append(Reader(user.norm, offset))
-            elif user.op is Op.CAT:
-                pending.append((user, offset + _cat_offset(graph, user, current)))
-            elif user.op is Op.IDENTITY:
-                pending.append((user, offset))
-    return found
-
-
-def _cat_offset(graph: Graph, cat: Node, part: Node) -> int:
-    before = cat.inputs[: cat.inputs.index(part.name)]
-    return sum(graph.by_name[name].shape[1] for name in before)
 
 
 def _sliced(vectors: NormVectors, part: slice) -> NormVectors:

@@ -29,9 +29,27 @@ class AnalyticCalibrator(Strict):
     tau: float | None = Field(
         1.0, gt=0, description="Noise of the identity that refines the input means; null leaves them unrefined."
     )
+    moments: Literal["channel", "spectral"] | None = Field(
+        None,
+        description="What is propagated: a mean and variance a channel, or mean maps and cross-spectra, which rounding "
+        "with error feedback needs; default: the recipe's.",
+    )
 
 
-Calibrator = Annotated[NoCalibrator | NormCalibrator | AnalyticCalibrator, Field(discriminator="name")]
+class SyntheticCalibrator(Strict):
+    """Forward passes over images made from no data (docs/methods.md, "Calibrators"); a tier of its own."""
+
+    name: Literal["synthetic"] = Field("synthetic", description="Which calibrator.")
+    prior: Literal["noise", "leaves", "fractal", "distilled"] = Field(
+        "leaves", description="How the images are made: 1/f noise, dead leaves, fractals, or from the BatchNorms."
+    )
+    images: int | None = Field(None, ge=8, le=4096, description="How many; default: by the input's size.")
+    seed: int = Field(0, ge=0, description="Seed of the images and of the positions that are sampled.")
+
+
+Calibrator = Annotated[
+    NoCalibrator | NormCalibrator | AnalyticCalibrator | SyntheticCalibrator, Field(discriminator="name")
+]
 
 
 def _calibrator_from_name(value: object) -> object:
@@ -39,5 +57,5 @@ def _calibrator_from_name(value: object) -> object:
 
 
 NAME_OR_MAPPING = BeforeValidator(
-    _calibrator_from_name, json_schema_input_type=Calibrator | Literal["none", "norm", "analytic"]
+    _calibrator_from_name, json_schema_input_type=Calibrator | Literal["none", "norm", "analytic", "synthetic"]
 )

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .budget import SizedPlan
-from .calibrators import NAME_OR_MAPPING, AnalyticCalibrator, Calibrator
+from .calibrators import NAME_OR_MAPPING, Calibrator
 from .fields import Bits, Granularity, Plan, RoleGranularity
+from .neighbours import Neighbour, NeighbourPlan
+
+
+def _step_of(value: object) -> object:
+    return {True: "c", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+_YES_OR_NO = BeforeValidator(_step_of, json_schema_input_type=Literal["none", "c", "least-squares"] | bool)
 
 
 class DfmpcPlan(SizedPlan):
@@ -23,11 +31,26 @@ class DfmpcPlan(SizedPlan):
     recipe: Literal["auto", "published"] = Field(
         "auto", description="published: the paper's steps with the named calibrator; auto: the best one known."
     )
-    calibrator: Annotated[Calibrator, NAME_OR_MAPPING] = Field(
-        default=AnalyticCalibrator(),
-        description="How BatchNorm statistics are re-estimated without data: none, norm, analytic, or a mapping.",
+    calibrator: Annotated[Calibrator, NAME_OR_MAPPING] | None = Field(
+        None,
+        description="How norm statistics are re-estimated without data: none, norm, analytic, synthetic, or a mapping; "
+        "default: the recipe's.",
     )
-    compensate: bool = Field(True, description="Solve for the coefficients c; false leaves c = 1.")
+    ternary: Literal["twn", "exact"] | None = Field(
+        None, description="Ternary levels: TWN's 0.7 rule or the least-squares optimum; default: the recipe's."
+    )
+    clip: Literal["absmax", "mse"] | None = Field(
+        None,
+        description="Scales of other grids: the largest weight, or clipped for least error; default: the recipe's.",
+    )
+    rounding: Literal["nearest", "feedback"] | None = Field(
+        None, description="To nearest, or with error feedback over the layer's input moments; default: the recipe's."
+    )
+    compensate: Annotated[Literal["none", "c", "least-squares"], _YES_OR_NO] | None = Field(
+        None,
+        description="How HIGH layers repair LOW ones: none, the coefficients c (also true), or a least-squares re-solve; "
+        "default: the recipe's.",
+    )
     lambda1: float = Field(0.5, ge=0, description="Weight of the bias term of the objective.")
     lambda2: float = Field(0.0, ge=0, description="Weight of the penalty on c squared.")
 
@@ -41,10 +64,10 @@ class RtnPlan(Plan):
     symmetric: bool = Field(True, description="false: min-max grid with a float zero point.")
 
 
-BitPlan = Annotated[DfmpcPlan | RtnPlan, Field(discriminator="method")]
+BitPlan = Annotated[DfmpcPlan | RtnPlan | Neighbour, Field(discriminator="method")]
 
 
-def role_granularity(plan: DfmpcPlan | RtnPlan, role: Literal["low", "high"]) -> str:
+def role_granularity(plan: DfmpcPlan | RtnPlan | NeighbourPlan, role: Literal["low", "high"]) -> str:
     """Return the granularity that ``plan`` gives to layers of ``role``."""
     if isinstance(plan.granularity, RoleGranularity):
         return plan.granularity.low if role == "low" else plan.granularity.high

@@ -82,7 +82,9 @@ class Resources(Strict):
     devices: Literal["auto", "cpu", "cuda"] | list[str] = Field(
         "auto", description="auto: every CUDA device, else the CPU; cpu; cuda; or a list such as [cuda:0, cuda:2]."
     )
-    threads: int = Field(1, ge=1, le=256, description="Threads a worker evaluates with; compression uses one.")
+    threads: int = Field(
+        1, ge=1, le=256, description="Threads a worker computes with; published recipes compress with one."
+    )
     host_memory: ByteSize | None = Field(
         None, description="Refuse to start a model whose predicted memory is above this, such as 16GiB."
     )

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from ..errors import MismatchError, NonFiniteError, UnsupportedModelError
 from ..job.expand import ModelSource
-from .capture import canonical_names, capture, capture_program
+from .capture import canonical_names, capture_program, export_program
 from .checkpoint import checkpoint_files, read_checkpoint
 from .factory import AllowList
 from .graph import Graph, Op
@@ -38,7 +38,10 @@ class LoadedModel:
     """Of one example, batch first."""
     checkpoint_bytes: int
     """Size of the input files."""
+    exported: ExportedProgram
+    """The network as torch.export's program, which ``graph`` was captured from and whose weights it shares."""
     program: ExportedProgram | None = None
+    """The same program where it is the source itself: an artifact then holds it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ def load_model(source: ModelSource, allow: AllowList) -> LoadedModel:
     shape = tuple(source.input or ())
     module = allow.build(source)
     state = _put(module, read_checkpoint(files), str(files[0]))
-    graph = capture(module, shape)
-    return LoadedModel(source, module, graph, state, shape, size)
+    exported = export_program(module, shape)
+    return LoadedModel(source, module, capture_program(exported), state, shape, size, exported)
 
 
 def rebuild_module(
@@ -103,7 +106,7 @@ def _load_program(source: ModelSource, file: Path, size: int) -> LoadedModel:
     _check_finite(state, str(file))
     graph = capture_program(program)
     shape = next(node.shape for node in graph.nodes if node.op is Op.INPUT)
-    return LoadedModel(source, _program_module(program), graph, state, shape, size, program)
+    return LoadedModel(source, _program_module(program), graph, state, shape, size, program, program)
 
 
 def _check_single_precision(program: ExportedProgram, file: Path) -> None:

@@ -61,7 +61,7 @@ def run_group(tasks: Sequence[Task], context: GroupContext) -> Iterator[TaskOutc
     A task that fails gives a failed row and the next one goes on; a model that does not load fails all its tasks.
     """
     allow = AllowList.default(context.settings.allow_code)
-    shared = SharedModel(tasks[0].model, allow)
+    shared = SharedModel(tasks[0].model, allow, context.settings.device, context.settings.threads)
     for task in tasks:
         yield _Attempt(task, context, shared).run()
 
@@ -146,7 +146,8 @@ class _Attempt:
         """Compress, write and commit; return the seconds of each layer."""
         model = self.shared.model()
         started = time.perf_counter()
-        compressed = compress_model(model, self.task.plan, self.task.layers, self._device)
+        threads = self.context.settings.threads
+        compressed = compress_model(model, self.task.plan, self.task.layers, self._device, threads)
         self.timer.compress_s = time.perf_counter() - started
         started = time.perf_counter()
         self._write(key, compressed)

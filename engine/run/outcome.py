@@ -71,8 +71,13 @@ def with_manifest(row: ModelRow, manifest: Manifest, store: Path, folder: Path, 
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         ratio=bytes_before / bytes_after,
-        numerics="any",  # no recipe so far factorises or forwards on the device
+        numerics=_numerics(manifest),
     )
+
+
+def _numerics(manifest: Manifest) -> str:
+    found = manifest.ingredients.get("numerics")
+    return str(found["device"]) if isinstance(found, dict) else "any"
 
 
 def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:

@@ -68,13 +68,16 @@ def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
 
     Raises UsageError where ``resources.devices`` names a device that is not there.
     """
-    device_slots(loaded.job.resources.devices)
+    device = device_slots(loaded.job.resources.devices)[0]
     groups: dict[str, list[Task]] = {}
     for task in expand(loaded):
         groups.setdefault(task.model.name, []).append(task)
+    allow, threads = AllowList.default(allow_code), loaded.job.resources.threads
     problems: list[str] = []
     rows = [
-        row for tasks in groups.values() for row in _group_rows(loaded, tasks, AllowList.default(allow_code), problems)
+        row
+        for tasks in groups.values()
+        for row in _group_rows(loaded, tasks, SharedModel(tasks[0].model, allow, device, threads), problems)
     ]
     totals = PlanTotals(
         tasks=len(rows),
@@ -87,10 +90,12 @@ def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
     return Plan(rows, totals, problems + _limits(loaded, rows, totals))
 
 
-def _group_rows(loaded: LoadedJob, tasks: Sequence[Task], allow: AllowList, problems: list[str]) -> Iterator[PlanRow]:
+def _group_rows(
+    loaded: LoadedJob, tasks: Sequence[Task], shared: SharedModel, problems: list[str]
+) -> Iterator[PlanRow]:
     """Yield the rows of one model's tasks; what would fail them goes to ``problems``."""
     source = tasks[0].model
-    shared, store, size = SharedModel(source, allow), Store(loaded.store), source_bytes(source)
+    store, size = Store(loaded.store), source_bytes(source)
     try:
         keys = {task.id: shared.key(task).key for task in tasks}
     except ModelError as error:

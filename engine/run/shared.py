@@ -35,8 +35,10 @@ class Inputs:
 class SharedModel:
     """One model on behalf of its tasks. A failure is remembered and raised again for every task."""
 
-    def __init__(self, source: ModelSource, allow: AllowList) -> None:
+    def __init__(self, source: ModelSource, allow: AllowList, device: str = "cpu", threads: int = 1) -> None:
+        """``device`` and ``threads`` are those of whoever computes: some recipes' keys depend on them."""
         self._source, self._allow = source, allow
+        self._device, self._threads = device, threads
         self._inputs: Inputs | None = None
         self._model: LoadedModel | None = None
         self._error: DfmpcError | None = None
@@ -61,7 +63,9 @@ class SharedModel:
     def key(self, task: Task) -> TaskKey:
         """Return the key of ``task``."""
         inputs = self.inputs()
-        return task_key(task, inputs.digests, distribution=inputs.distribution)
+        return task_key(
+            task, inputs.digests, distribution=inputs.distribution, device=self._device, threads=self._threads
+        )
 
     def model_key(self) -> str:
         """Return a digest of what makes the original network, for the cache of its logits."""

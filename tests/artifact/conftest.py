@@ -16,6 +16,7 @@ from dfmpc.compress.rows import to_rows
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
 from dfmpc.kernels import Grid, Quantized, ternary, uniform
+from dfmpc.models.capture import export_program
 from dfmpc.models.graph import Graph, Layer, Op
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def make() -> Make:
             state=state,
             input_shape=(1, 5, 8, 8),
             checkpoint_bytes=1000,
-            program=None,
+            exported=export_program(nn.Identity(), (1, 5, 8, 8)),
         )
         return Example(model, Compressed(quantized, corrected, {}), Task(id="net/plan", model=source, plan=plan))
 

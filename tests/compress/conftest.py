@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dfmpc.job.expand import ModelSource
-from dfmpc.models.capture import capture
+from dfmpc.models.capture import capture_program, export_program
 from dfmpc.models.load import LoadedModel
 from torch import nn
 
@@ -36,6 +36,7 @@ def loaded() -> Loader:
         module.eval().requires_grad_(False)
         state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         source = ModelSource(name=type(module).__name__, input=list(shape))
-        return LoadedModel(source, module, capture(module, shape), state, shape, 0)
+        exported = export_program(module, shape)
+        return LoadedModel(source, module, capture_program(exported), state, shape, 0, exported)
 
     return load

@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
 
 def plan(**fields: object) -> DfmpcPlan:
-    return DfmpcPlan.model_validate({"name": "p", "method": "dfmpc", **fields})
+    return DfmpcPlan.model_validate({"name": "p", "method": "dfmpc", "recipe": "published", **fields})
 
 
 def by_name(compressed: Compressed) -> dict[str, QuantizedLayer]:
@@ -258,6 +258,8 @@ def test_same_bytes_with_one_and_two_threads(loaded: Loader, tau: float | None) 
 
 
 def test_plans_are_described_with_their_tier() -> None:
+    assert describe_plan(plan(recipe="auto")).tier == "synthetic"
+    assert describe_plan(plan(recipe="auto", calibrator="analytic")).tier == "closed-form"
     assert describe_plan(plan()).tier == "closed-form"
     assert describe_plan(plan(calibrator="none")).tier == "none"
     assert describe_plan(RtnPlan(name="r", method="rtn", bits=4)).method == "rtn"

@@ -1,0 +1,92 @@
+"""What a dfmpc plan's recipe stands for: every step that the plan leaves open gets a value here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .calibrators import AnalyticCalibrator, Calibrator, NoCalibrator, SyntheticCalibrator
+from .methods import DfmpcPlan
+
+Tier = Literal["none", "closed-form", "synthetic"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one plan, all settled."""
+
+    recipe: str
+    """``published`` or ``auto``."""
+    calibrator: Calibrator
+    ternary: Literal["twn", "exact"]
+    clip: Literal["absmax", "mse"]
+    rounding: Literal["nearest", "feedback"]
+    compensate: Literal["none", "c", "least-squares"]
+    correct_biases: bool
+    """Whether the shift of a layer's mean output that no norm takes up goes into its bias."""
+
+    @property
+    def tier(self) -> Tier:
+        """What stands in for data: nothing, closed form, or images made from no data."""
+        if isinstance(self.calibrator, SyntheticCalibrator):
+            return "synthetic"
+        return "none" if isinstance(self.calibrator, NoCalibrator) else "closed-form"
+
+    @property
+    def name(self) -> str:
+        """The recipe and its steps in one line, as reports and manifests have it."""
+        return f"{self.recipe}: {self.ternary} ternary, {self.clip} clip, {self.rounding}, {self.compensate}"
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether rounding asks for second moments of the layers' inputs."""
+        return self.rounding == "feedback" or self.compensate == "least-squares"
+
+    @property
+    def factorises(self) -> bool:
+        """Whether bytes may depend on the kind of device and the number of threads."""
+        return self.needs_moments or self.tier == "synthetic"
+
+
+def steps_of(plan: DfmpcPlan) -> Steps:
+    """Return the steps of ``plan``: what it says, and for the rest what its recipe stands for.
+
+    ``published`` is the paper's steps (arXiv 2307.00498) with the named calibrator, default analytic. ``auto`` is the best known in the
+    calibrator's tier: error feedback with exact ternary levels, clip search and, in the synthetic tier (the default),
+    the least-squares re-solve of the HIGH layers.
+    """
+    return _published(plan) if plan.recipe == "published" else _auto(plan)
+
+
+def _published(plan: DfmpcPlan) -> Steps:
+    calibrator = plan.calibrator or AnalyticCalibrator()
+    return Steps(
+        "published",
+        _with_moments(calibrator, "channel"),
+        plan.ternary or "twn",
+        plan.clip or "absmax",
+        plan.rounding or "nearest",
+        plan.compensate or "c",
+        correct_biases=False,
+    )
+
+
+def _auto(plan: DfmpcPlan) -> Steps:
+    calibrator = _with_moments(plan.calibrator or SyntheticCalibrator(), "spectral")
+    images = isinstance(calibrator, SyntheticCalibrator)
+    informed = images or (isinstance(calibrator, AnalyticCalibrator) and calibrator.moments == "spectral")
+    return Steps(
+        "auto",
+        calibrator,
+        plan.ternary or "exact",
+        plan.clip or "mse",
+        plan.rounding or ("feedback" if informed else "nearest"),
+        plan.compensate or ("least-squares" if images else "none"),
+        correct_biases=True,
+    )
+
+
+def _with_moments(calibrator: Calibrator, moments: Literal["channel", "spectral"]) -> Calibrator:
+    if isinstance(calibrator, AnalyticCalibrator) and calibrator.moments is None:
+        return calibrator.model_copy(update={"moments": moments})
+    return calibrator

@@ -1,0 +1,162 @@
+"""A captured program run node by node on real tensors: what forward passes over synthetic images are made of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from ..errors import UnsupportedModelError
+from .calls import named_arguments
+from .capture import canonical_names
+from .graph import Graph, Node, Op
+
+_WHOLE = frozenset(Op) - {Op.OTHER, Op.FLATTEN, Op.IDENTITY}
+"""Operations that treat every image by itself, whatever the batch that the program was exported with."""
+_SAFE_IDENTITIES = ("dropout", "clone", "contiguous", "detach", "alias", "pad", "slice")
+
+
+class Executor:
+    """One network as its program, with tensors that the caller may replace; holds no activations.
+
+    ``run`` computes one node from the values of its inputs. The batch may be any: an operation that may have the
+    exported batch written into it runs on portions of that size.
+    """
+
+    def __init__(
+        self, program: ExportedProgram, state: Mapping[str, Tensor], graph: Graph, device: str = "cpu"
+    ) -> None:
+        """Take ``state`` by the names of the program's state dict (of tied tensors the first name counts)."""
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.device = device
+        self.batch = next(node.shape[0] for node in graph.nodes if node.op is Op.INPUT)
+        self._activations = {node.name for node in graph.nodes}
+        self._names, self._constants = _placeholders(program)
+        self.state = {name: state[name].detach().to(device) for name in set(self._names.values()) if name in state}
+        self.state |= {name: value.float() for name, value in self.state.items() if value.is_floating_point()}
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Let ``tensor`` stand for the state's ``name`` from now on."""
+        self.state[name] = tensor.to(self.device).float()
+
+    def arguments(self, node: Node) -> dict[str, Any]:
+        """Return the operator's arguments by their names, defaults filled in."""
+        return named_arguments(self.nodes[node.name])
+
+    def sources(self, node: Node) -> list[str]:
+        """Return the names under which ``run`` looks up the activations that ``node`` reads."""
+        names = [_origin(argument).name for argument in self.nodes[node.name].all_input_nodes]
+        return [name for name in dict.fromkeys(names) if name in self._activations]
+
+    def source(self, node: Node) -> str:
+        """Return the first of ``sources``: what a layer or norm reads."""
+        return self.sources(node)[0]
+
+    def run(self, node: Node, values: Mapping[str, Tensor]) -> Any:
+        """Return what ``node`` gives; ``values`` has the activations it reads by the names of its fx arguments.
+
+        Raises UnsupportedModelError where the operation cannot run on another batch than the exported one.
+        """
+        fx_node = self.nodes[node.name]
+        batch = _batch_of(fx_node, values)
+        if node.op in _WHOLE or batch == self.batch or _keeps_batch(fx_node):
+            return self._call(fx_node, values)
+        if (reshaped := self._reshape(fx_node, values, batch)) is not None:
+            return reshaped
+        return self._in_portions(node, fx_node, values, batch)
+
+    def _call(self, fx_node: fx.Node, values: Mapping[str, Any]) -> Any:
+        def look_up(argument: fx.Node) -> Any:
+            origin = _origin(argument).name
+            return values[origin] if origin in values else self._derived(argument)
+
+        arguments = fx.map_arg(fx_node.args, look_up)
+        keywords = fx.map_arg(fx_node.kwargs, look_up)
+        result = _target(fx_node)(*arguments, **keywords)
+        return result[0] if isinstance(result, (tuple, list)) else result
+
+    def _derived(self, node: fx.Node) -> Any:
+        """Return a value that comes from parameters and constants alone, computed when it is asked for."""
+        if node.op == "placeholder":
+            name = self._names.get(node.name)
+            return self._constants[node.name].to(self.device) if name is None else self.state[name]
+        return self._call(node, {})
+
+    def _reshape(self, fx_node: fx.Node, values: Mapping[str, Tensor], batch: int) -> Tensor | None:
+        """Run a view or reshape whose first size is the exported batch with the real one in its place."""
+        if str(fx_node.target) not in ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"):
+            return None
+        source, sizes = fx_node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(sizes, (list, tuple))
+        if sizes and sizes[0] == self.batch and all(isinstance(size, int) for size in sizes):
+            return values[_origin(source).name].reshape(
+                [batch, *[int(size) for size in sizes[1:] if isinstance(size, int)]]
+            )
+        return None
+
+    def _in_portions(self, node: Node, fx_node: fx.Node, values: Mapping[str, Tensor], batch: int) -> Tensor:
+        if batch % self.batch:
+            raise UnsupportedModelError(
+                f"{node.name}: {batch} images are no multiple of the exported batch {self.batch}"
+            )
+        names = [name for name in _activation_arguments(fx_node, values)]
+        parts = []
+        for start in range(0, batch, self.batch):
+            portion = {name: values[name][start : start + self.batch] for name in names}
+            parts.append(self._call(fx_node, portion))
+        if not isinstance(parts[0], Tensor) or not parts[0].dim() or parts[0].shape[0] != self.batch:
+            raise UnsupportedModelError(
+                f"{node.name} ({node.target}) does not treat its images one by one, so no forward pass over synthetic "
+                "images can be made; use calibrator: analytic"
+            )
+        return torch.cat(parts)
+
+
+def _placeholders(program: ExportedProgram) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return names in the state dict of the placeholders of parameters and buffers, and the tensors of constants."""
+    first = canonical_names(program.state_dict)
+    names, constants = {}, {}
+    for spec in program.graph_signature.input_specs:
+        if spec.target is None or spec.kind is InputKind.USER_INPUT:
+            continue
+        if spec.target in first:
+            names[spec.arg.name] = first[spec.target]
+        elif isinstance(constant := program.constants.get(spec.target), Tensor):
+            constants[spec.arg.name] = constant
+    return names, constants
+
+
+def _target(node: fx.Node) -> Callable[..., Any]:
+    assert callable(node.target)
+    return node.target
+
+
+def _activation_arguments(node: fx.Node, values: Mapping[str, Any]) -> list[str]:
+    names = [_origin(argument).name for argument in node.all_input_nodes]
+    return [name for name in names if name in values]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Return the operation whose first result ``node`` takes out of a tuple, or ``node`` itself."""
+    while node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def _batch_of(node: fx.Node, values: Mapping[str, Any]) -> int:
+    found = [values[name] for name in _activation_arguments(node, values)]
+    return next((len(value) for value in found if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _keeps_batch(node: fx.Node) -> bool:
+    """Whether an operation that changes no value runs on any batch as it stands."""
+    parts = str(node.target).split(".")
+    return len(parts) > 1 and parts[1].rstrip("_") in _SAFE_IDENTITIES
