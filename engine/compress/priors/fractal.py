@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .noise import PIXEL_MEAN, noise_pixels
+from .noise import PIXEL_MEAN, blurred, noise_pixels
 
 FRACTALS = 2
 """Attractors an image, the later over the earlier."""
@@ -58,7 +58,7 @@ class _Systems:
 
 
 def fractal_pixels(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Return coloured attractors before 1/f noise, float64 [count, C, H, W], not clamped."""
+    """Return coloured attractors before 1/f noise, float64 [count, C, H, W], a little blurred, not clamped."""
     image = noise_pixels(count, shape, generator)
     coarser = max(1, round((shape[1] * shape[2]) ** 0.5 / CANVAS))
     canvas = (-(-shape[1] // coarser), -(-shape[2] // coarser))
@@ -66,7 +66,7 @@ def fractal_pixels(count: int, shape: tuple[int, int, int], generator: torch.Gen
         systems = _draw(count, shape[0], generator)
         points, colours = _attractor(systems, canvas[0] * canvas[1], generator)
         image = _over(image, _render(points, colours, canvas, generator))
-    return image
+    return blurred(image, generator)
 
 
 def _over(image: Tensor, drawn: Tensor) -> Tensor:

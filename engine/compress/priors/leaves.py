@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import noise_pixels, unit_fields
+from .noise import blurred, noise_pixels, unit_fields
 
 LAYERS = 12
 PRESENCE = 0.8
@@ -22,19 +22,17 @@ RADII = (2.0, 20.0)
 LAST_RADIUS = 0.4
 """What the radius has shrunk to by the last layer, so that large leaves do not hide everything below them."""
 ASPECTS = (0.4, 1.6)
-EDGES = (0.7, 2.0)
+EDGES = (0.5, 1.0)
 """Width of a leaf's soft edge in pixels."""
-GREYS = (0.0, 0.94)
-JITTER_SD = 0.08
+GREYS = (-0.1, 1.04)
+JITTER_SD = 0.1
 """How the channels of a leaf's colour differ from its grey."""
-GRADIENT_SD = 0.12
+GRADIENT_SD = 0.25
 """Change of brightness from a leaf's centre to its rim."""
-TEXTURES = (0.0, 0.16)
+TEXTURES = (0.0, 0.08)
 """Standard deviation of a leaf's 1/f texture."""
 FIELDS = 4
 """Texture fields an image; the layers share them, shifted."""
-BLUR = 0.8
-"""The most that the 3 by 3 mean is mixed in."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,13 @@ class _Leaf:
 
 
 def leaves_pixels(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Return dead leaves before 1/f noise, float64 [count, C, H, W], blurred by up to BLUR, not clamped."""
+    """Return dead leaves before 1/f noise, float64 [count, C, H, W], a little blurred, not clamped."""
     image = noise_pixels(count, shape, generator)
     fields = unit_fields(1, (count, FIELDS, *shape[1:]), generator)
     for layer in range(LAYERS):
         leaf = _draw(layer, count, shape, generator)
         image = _lay(image, leaf, _texture(fields, layer))
-    mixed = BLUR * torch.rand((count, 1, 1, 1), generator=generator, dtype=torch.float64)
-    blurred = torch.nn.functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
-    return image.lerp_(blurred, mixed)
+    return blurred(image, generator)
 
 
 def _draw(layer: int, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> _Leaf:

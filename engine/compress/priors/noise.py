@@ -14,6 +14,8 @@ COLOUR_CORRELATION = 0.93
 PIXEL_MEAN = 0.47
 PIXEL_SD = 0.25
 """Over all pixels of a set, before clamping: images differ in brightness and contrast."""
+BLUR = 0.8
+"""The most that the 3 by 3 mean is mixed into an image of hard edges."""
 
 
 def noise_pixels(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
@@ -32,6 +34,13 @@ def correlated(independent: Tensor) -> Tensor:
     common = ((1 + (channels - 1) * r) ** 0.5 - own) / channels
     mixed: Tensor = independent * own + independent.sum(1, keepdim=True) * common
     return mixed
+
+
+def blurred(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Mix a part of its own of the 3 by 3 mean into every image [N, C, H, W], in place: the lens of a camera."""
+    mixed = BLUR * torch.rand((len(image), 1, 1, 1), generator=generator, dtype=torch.float64)
+    means = torch.nn.functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+    return image.lerp_(means, mixed)
 
 
 def unit_fields(slope: float, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
