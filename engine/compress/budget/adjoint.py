@@ -71,19 +71,24 @@ class Adjoint:
             return [scaled(gain, self._norm_factor(node))]
         if node.op in RANGES:
             return [through_activation(gain, node, states[0].moments)]
+        found = self._reshaped(node, gain, widths)
+        return found or [self._likewise(node, gain, name) for name in node.inputs]
+
+    def _reshaped(self, node: Node, gain: Tensor, widths: list[int]) -> list[Tensor] | None:
+        """Operations without weights whose channels are known to correspond; None for all others."""
         if node.op is Op.ADD and set(widths) == {len(gain)}:
-            return [gain] * len(states)
+            return [gain] * len(widths)
         if node.op is Op.CAT and sum(widths) == len(gain):
             return _blocks(gain, widths)
         if node.op is Op.PAD and widths[0] + sum(node.channel_pad) == len(gain):
             return [_blocks(gain, [node.channel_pad[0], widths[0], node.channel_pad[1]])[1]]
-        if node.op is Op.MUL and len(states) == 2 and set(widths) == {len(gain)}:
-            return [_times(gain, state.moments) for state in reversed(states)]
+        if node.op is Op.MUL and len(widths) == 2 and set(widths) == {len(gain)}:
+            return [_times(gain, self.states[name].moments) for name in reversed(node.inputs)]
         if node.op is Op.AVG_POOL and widths[0] == len(gain):
             return [gain * pool_gain(node.window)]
         if node.op is Op.FLATTEN and len(gain) % widths[0] == 0:
             return [_flattened(gain, widths[0])]
-        return [self._likewise(node, gain, name) for name in node.inputs]
+        return None
 
     def _norm_factor(self, node: Node) -> Tensor:
         norm = node.norm

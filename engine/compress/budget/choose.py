@@ -97,10 +97,10 @@ class _Problem:
         """Return the bytes that codes and scales may take. Raises UnsupportedModelError beyond the bounds."""
         fixed = self.overhead.factors + (0 if budget.bits_per_weight is not None else self.overhead.rest)
         capacity = self._bytes_of(budget) - fixed
-        if self.least <= capacity <= max(2 * self.params, self.least):
+        if self.least <= capacity <= 2 * self.params:
             return capacity
         least, half = self._as_asked(budget, self.least + fixed), self._as_asked(budget, 2 * self.params + fixed)
-        wrong = "below what the least widths take" if capacity < self.least else "above half precision"
+        wrong = "out of reach" if capacity < self.least else "above half precision"
         raise UnsupportedModelError(
             f"{self.model.source.name}: a budget of {budget} is {wrong}: this model takes {least} with 2 bits wherever "
             f"no layer rule says otherwise, and {half} in half precision; ask for something between"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dfmpc.kernels.formats import CodeFormat
 
 from ...job.methods import DfmpcPlan
+from ...job.recipes import steps_of
 from ...models.graph import Pair, Pairing
 from ...models.load import LoadedModel
 from ..assign import Assignment
@@ -41,7 +42,7 @@ def overhead(model: LoadedModel, plan: DfmpcPlan, assigned: Mapping[str, Assignm
     """Return what ``plan`` stores beside the codes and scales of the layers in ``assigned`` that are not kept."""
     quantized = {name for name, option in assigned.items() if not option.keep}
     pairs = [pair for pair in pairing.pairs if pair.low in quantized and pair.high in quantized]
-    unfolded = {pair.high for pair in pairs if plan.compensate and not _folds(model, pair)}
+    unfolded = {pair.high for pair in pairs if steps_of(plan).compensate == "c" and not _folds(model, pair)}
     factors = sum(_FLOAT * assigned[name].layer.in_channels for name in unfolded)
     replaced = {assigned[name].layer.weight for name in quantized}
     corrected = {name for node in model.graph.nodes if node.norm for name in node.norm.tensors}
