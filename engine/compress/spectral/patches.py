@@ -1,0 +1,68 @@
+"""Second moments of a layer's input patches, from the covariance function of its input and its mean map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .convolve import Kernel, Window
+from .field import Field
+
+
+def inside(size: int, window: Window, axis: int) -> Tensor:
+    """Return which taps read inside the map at which output position, float32 [kernel, positions]."""
+    kernel, stride = window.kernel[axis], window.stride[axis]
+    padding, dilation = window.padding[axis], window.dilation[axis]
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    reads = torch.arange(kernel).unsqueeze(1) * dilation - padding + torch.arange(max(1, outputs)) * stride
+    return ((reads >= 0) & (reads < size)).float()
+
+
+def coverage(field: Field, window: Window) -> Tensor:
+    """Return the share of output positions where both of two taps read inside the map, float32 [taps, taps]."""
+    shares = [inside(size, window, axis) for axis, size in enumerate(field.mean.shape[1:])]
+    rows, columns = (share @ share.T / share.shape[1] for share in shares)
+    return torch.kron(rows, columns)
+
+
+def patch_moments(field: Field, window: Window, groups: int) -> Tensor:
+    """Return Cov(h, h) of the patches h, float32 [groups, K, K], K = in / groups · taps, taps innermost.
+
+    R at the taps' lags, where both taps read inside the map, and the covariance of the mean map's patches over the
+    positions, both with the layer's zero padding.
+    """
+    found = _around_mean(field, window, groups)
+    patches = functional.unfold(field.mean.unsqueeze(0), window.kernel, window.dilation, window.padding, window.stride)
+    patches = patches.view(groups, -1, patches.shape[-1])
+    patches = patches - patches.mean(2, keepdim=True)
+    return torch.baddbmm(found, patches, patches.mT, alpha=1 / patches.shape[2])
+
+
+def _around_mean(field: Field, window: Window, groups: int) -> Tensor:
+    taps = window.offsets
+    inputs = field.channels // groups
+    lags = (taps.unsqueeze(1) - taps).flatten(0, 1)
+    distinct, index = torch.unique(lags, dim=0, return_inverse=True)
+    covariance = field.torus.covariance(_in_groups(field.spectrum, groups), distinct)
+    found = covariance.new_empty(groups, inputs, len(taps), inputs, len(taps))
+    shares = coverage(field, window)
+    for pair, lag in enumerate(index.tolist()):
+        one, other = divmod(pair, len(taps))
+        torch.mul(covariance[lag], shares[one, other], out=found[:, :, one, :, other])
+    return found.view(groups, inputs * len(taps), -1)
+
+
+def _in_groups(spectrum: Tensor, groups: int) -> Tensor:
+    """Return the blocks on the diagonal, [P, groups, C / groups, C / groups], of [P, C, C]."""
+    if groups == 1:
+        return spectrum.unsqueeze(1)
+    inputs = spectrum.shape[1] // groups
+    blocks = spectrum.reshape(-1, groups, inputs, groups, inputs)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
+
+
+def border_sums(kernel: Kernel, field: Field) -> Tensor:
+    """Return tap sums with every tap weighted by the share of positions where it reads inside, [out, in / groups]."""
+    shares = coverage(field, kernel.window).diagonal()
+    return kernel.weight.flatten(2) @ shares

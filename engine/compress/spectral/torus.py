@@ -1,0 +1,83 @@
+"""Second moments of stationary real fields on a torus: covariance functions, spectra, and the way between them.
+
+A field x[C, ny, nx] has R(τ) = E[x(p + τ) x(p)ᵀ] and S(f) = Σ_τ R(τ) exp(-i f τ). R(-τ) = R(τ)ᵀ and S(-f) = conj S(f),
+so one of each pair ±τ and ±f is kept. Tori here are small, so the transform is a matrix product over a leading axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Torus:
+    """A grid of ``height`` × ``width`` positions that wraps around."""
+
+    height: int
+    width: int
+
+    @cached_property
+    def points(self) -> Tensor:
+        """One of each pair ±(y, x), int64 [P, 2], the origin first: the lags and the frequencies that are kept."""
+        kept = [
+            (y, x)
+            for y in range(self.height)
+            for x in range(self.width)
+            if (y, x) <= (-y % self.height, -x % self.width)
+        ]
+        return torch.tensor(kept)
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """How many points of the torus each kept one stands for (1 or 2), float64 [P]."""
+        mirrored = torch.stack([-self.points[:, 0] % self.height, -self.points[:, 1] % self.width], 1)
+        return 2.0 - (mirrored == self.points).all(1).double()
+
+    @cached_property
+    def size(self) -> int:
+        """Positions."""
+        return self.height * self.width
+
+    def angles(self, offsets: Tensor) -> Tensor:
+        """2π f · offset for every kept frequency, float64 [P, offsets]; ``offsets`` is int64 [offsets, 2]."""
+        turns = self.points.double() / torch.tensor([self.height, self.width])
+        return 2 * math.pi * (turns @ offsets.double().T)
+
+    def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
+        """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
+        angles = self.angles(self.points if lags is None else lags).T
+        cosine, sine = (
+            part.float() for part in (angles.cos() * self.pairs / self.size, angles.sin() * self.pairs / self.size)
+        )
+        parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
+        return torch.addmm(cosine @ parts[0], sine, parts[1], alpha=-1).view(-1, *spectrum.shape[1:])
+
+    def spectrum(self, covariance: Tensor, mirrored: Tensor) -> Tensor:
+        """S, complex64 [P, A, B], of R at the kept lags and ``mirrored``, R at their negatives, float32 [P, A, B]."""
+        angles = self.angles(self.points)
+        half = 0.5 * self.pairs
+        cosine, sine = ((part * half).float() for part in (angles.cos(), angles.sin()))
+        even, odd = (covariance + mirrored).flatten(1), (mirrored - covariance).flatten(1)
+        return torch.complex(cosine @ even, sine @ odd).view(covariance.shape)
+
+    def decimated(self, spectrum: Tensor, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
+        """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag."""
+        small = torus(max(1, self.height // strides[0]), max(1, self.width // strides[1]))
+        signed = torch.stack([_signed(small.points[:, 0], small.height), _signed(small.points[:, 1], small.width)], 1)
+        lags = signed * torch.tensor(strides)
+        return small, small.spectrum(self.covariance(spectrum, lags), self.covariance(spectrum, -lags))
+
+
+def _signed(index: Tensor, size: int) -> Tensor:
+    return torch.where(index > size // 2, index - size, index)
+
+
+@lru_cache(maxsize=64)
+def torus(height: int, width: int) -> Torus:
+    """Return the torus of this size; its tables are computed once."""
+    return Torus(height, width)
