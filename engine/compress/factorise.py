@@ -21,7 +21,7 @@ class Factor:
     order: Tensor
     """int64 [batch, length]: what stands where."""
     moments: Tensor
-    """float32 [batch, length, length]: the ordered H."""
+    """float32 [batch, length, length]: the ordered H; zero where it has no factor."""
     upper: Tensor
     """float32 [batch, length, length], unit upper triangular V of ordered H + ridge = V D Vᵀ."""
     ridge: Tensor
@@ -57,10 +57,12 @@ def factorise(moments: Tensor, damp: float, order: Literal["falling", "natural"]
     flipped = ordered.flip(1, 2)
     lower, ridge, taken = _cholesky(flipped.double() if length <= WIDE else flipped, usable, damp)
     lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
-    failed = int(torch.isinf(ridge).sum())
-    reason = _reason(failed, len(moments))
+    failed = torch.isinf(ridge)
+    if bool(failed.any()):
+        ordered[failed] = 0.0
+    damp = 0.0 if bool(failed.all()) else taken
     return Factor(
-        where, ordered.float(), lower.float().flip(1, 2), ridge, taken if failed < len(moments) else 0, reason
+        where, ordered.float(), lower.float().flip(1, 2), ridge, damp, _reason(int(failed.sum()), len(failed))
     )
 
 

@@ -16,7 +16,7 @@ from .factorise import Factor, factorise
 from .scale_search import Rounded, clip_search, nearest_levels, spread, ternary_optimum
 
 MAX_FEEDBACK = 8192
-"""Columns above which a layer is rounded to nearest: the factor would take more than 256 MiB and a minute."""
+"""Columns above which a layer is rounded to nearest: its matrices take more than 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def values_of(rounded: Rounded) -> Tensor:
 
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:
     """[batch * rows, length] as [batch, rows, length] with its columns in ``order``."""
-    batched = rows.view(len(order), -1, rows.shape[1])
+    batched = rows.reshape(len(order), -1, rows.shape[1])
     return batched.gather(2, order[:, None, :].expand(batched.shape))
 
 

@@ -197,8 +197,15 @@ def test_an_indefinite_matrix_gets_more_damping_and_the_others_do_not() -> None:
     assert found.damp == pytest.approx(0.1)
     assert found.ridge.tolist() == pytest.approx([0.01, 0.1])
     assert found.fallback == ""
-    bad[0, 1] = bad[1, 0] = 20.0
-    assert "not positive definite" in factorise(bad, 0.01, "falling").fallback
+
+
+def test_a_matrix_that_stays_indefinite_gives_plain_rounding_and_a_reason() -> None:
+    moments, weight = torch.eye(6), random_rows(3, 6)
+    moments[0, 1] = moments[1, 0] = 20.0
+    found, start = ternary_feedback(weight, moments), ternary_optimum(weight)
+    assert found.fallback.endswith("not positive definite: rounded to nearest")
+    assert torch.equal(found.levels, start.levels)
+    assert torch.equal(found.scale, start.scale)
 
 
 def test_the_factor_is_that_of_the_ordered_matrix() -> None:
