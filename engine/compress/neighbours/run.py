@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from dfmpc.kernels.formats import CodeFormat, Grid, Quantized
+from dfmpc.kernels.formats import Quantized
+from dfmpc.kernels.grids import grid_steps
 from torch import Tensor
 
 from ...errors import NonFiniteError, UnsupportedModelError
@@ -18,11 +19,12 @@ from ...models.pairs import find_pairs
 from ..assign import Assignment, assign
 from ..result import Compressed, QuantizedLayer
 from ..rows import to_rows
+from ..scale_search import spread
 from . import quantize_rows
 from .dfq import dfq
 
-_ROUNDING = 1e-5
-"""Fraction of a scale by which float32 may put the grid's own end beyond itself."""
+_SLACK = 1e-3
+"""Steps by which rounding to float32 may put the grid's ends off."""
 
 
 def compress_neighbour(
@@ -69,7 +71,7 @@ def _by_rows(
 ) -> QuantizedLayer:
     started, layer = time.perf_counter(), assignment.layer
     rows = to_rows(model.state[layer.weight].to(device), layer).float()
-    quantized = quantize_rows(rows, code_format(assignment), plan, layer.taps)
+    quantized = quantize_rows(rows, assignment.format, plan, layer.taps)
     return _layer(assignment, quantized, rows, pairing, assignment.reason, time.perf_counter() - started)
 
 
@@ -95,13 +97,6 @@ def _by_dfq(
         for name, quantized in done.quantized.items()
     )
     return Compressed(layers, done.tensors, kept)
-
-
-def code_format(assignment: Assignment) -> CodeFormat:
-    """Return grid, width and groups of a layer's codes; a group longer than the row is the row."""
-    length = assignment.layer.length
-    group = length if assignment.layer_wise else min(assignment.group_size, length)
-    return CodeFormat(assignment.grid, assignment.bits, length, group, assignment.layer_wise)
 
 
 def _layer(
@@ -135,20 +130,9 @@ def clipped_fraction(rows: Tensor, quantized: Quantized) -> float:
     """Return the fraction of ``rows`` ([rows, length]), 0-1, beyond the ends of their own grid."""
     if not rows.numel():
         return 0.0
-    lowest, highest = _ends(quantized)
-    slack = _ROUNDING * (highest - lowest)
-    low, high = (_by_weight(end, quantized.format) for end in (lowest - slack, highest + slack))
-    return int(((rows < low) | (rows > high)).sum()) / rows.numel()
-
-
-def _ends(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest value of every scale's grid."""
-    form, scale = quantized.format, quantized.scale
-    if quantized.zero_point is not None:
-        return -quantized.zero_point * scale, (2**form.bits - 1 - quantized.zero_point) * scale
-    highest = scale * (2 ** (form.bits - 1) - 1) if form.grid is Grid.SYMMETRIC else scale
-    return -highest, highest
-
-
-def _by_weight(ends: Tensor, form: CodeFormat) -> Tensor:
-    return ends.repeat_interleave(form.group_size, 1)[:, : form.length] if form.groups > 1 else ends
+    form = quantized.format
+    steps = grid_steps(form.grid, form.bits, quantized.scale, quantized.zero_point)
+    low = (steps.low - steps.offset - _SLACK) * steps.step
+    high = (steps.high - steps.offset + _SLACK) * steps.step
+    beyond = (rows < spread(low, form, len(rows))) | (rows > spread(high, form, len(rows)))
+    return int(beyond.sum()) / rows.numel()

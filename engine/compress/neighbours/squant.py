@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from dfmpc.kernels.formats import CodeFormat, Quantized
+from dfmpc.kernels.grids import grid_steps
 from dfmpc.kernels.segments import row_chunks
 from dfmpc.kernels.uniform import uniform
 from torch import Tensor
 
 from ...job.neighbours import SquantPlan
 from ..encode import encode
+from ..scale_search import spread
 from .segments import inverse
 
 UNIT = 2.0**30
@@ -40,15 +42,9 @@ def squant(rows: Tensor, format: CodeFormat, plan: SquantPlan, taps: int) -> Qua
 
 def in_steps(w: Tensor, scale: Tensor, zero_point: Tensor | None, format: CodeFormat) -> Tensor:
     """Return where float64 ``w`` [rows, length] lies on the grid of stored integers; ends included, never beyond."""
-    scaled, limit = w * _spread(inverse(scale.double()), format), 2**format.bits - 1
-    if zero_point is not None:
-        return scaled.add_(_spread(zero_point.double(), format)).clamp_(0, limit)
-    return scaled.add_(2 ** (format.bits - 1)).clamp_(1, limit)
-
-
-def _spread(factors: Tensor, format: CodeFormat) -> Tensor:
-    """Repeat one factor a group along the row; a factor a row or a tensor broadcasts as it is."""
-    return factors.repeat_interleave(format.group_size, 1)[:, : format.length] if format.groups > 1 else factors
+    steps = grid_steps(format.grid, format.bits, scale, zero_point)
+    step, offset = (spread(factor, format, len(w)).double() for factor in (steps.step, steps.offset))
+    return (w * inverse(step)).add_(offset).clamp_(steps.low, steps.high)
 
 
 def flip_roundings(target: Tensor, taps: int) -> Tensor:
