@@ -7,7 +7,7 @@ arXiv 1912.08795. The one prior that runs the network, forwards and backwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any
 
@@ -25,7 +25,7 @@ SMOOTHNESS = 1e-3
 JITTER = 1 / 16
 """Every step sees the images rolled by up to this part of their sides."""
 VARIANCE_FLOOR = 1e-3
-"""Of a layer's mean running variance: what nearly dead channels are measured against."""
+"""Of a layer's mean running variance: channels below are dead, and what is relative to theirs would drown the rest."""
 _PIXELS = 2**16
 """Pixels that go through the network at once: about 1 GB of activations in the widest networks of this kind."""
 
@@ -37,12 +37,15 @@ class _Seen:
     first: Tensor
     second: Tensor
     variance: Tensor
-    """The running variance, floored."""
+    """The running variance, 1 for dead channels."""
+    alive: Tensor
+    """1, and 0 for dead channels."""
 
     def mismatch(self) -> Tensor:
-        """Mean over channels of (mean - mu)^2 / sigma^2 + (var / sigma^2 - 1)^2."""
+        """Mean over living channels of (mean - mu)^2 / sigma^2 + (var / sigma^2 - 1)^2."""
         ratio = (self.second - self.first.square()) / self.variance
-        return (self.first.square() / self.variance + (ratio - 1).square()).mean()
+        error = self.first.square() / self.variance + (ratio - 1).square()
+        return (error * self.alive).sum() / self.alive.sum().clamp_min(1)
 
 
 class _Observer(TorchFunctionMode):
@@ -69,8 +72,9 @@ class _Observer(TorchFunctionMode):
             return
         axes = [axis for axis in range(x.dim()) if axis != 1]
         centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
-        floor = (VARIANCE_FLOOR * variance.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        self.seen.append(_Seen(centred.mean(axes), centred.square().mean(axes), variance.clamp_min(floor)))
+        alive = (variance > VARIANCE_FLOOR * variance.mean()).to(variance.dtype)
+        kept = torch.where(alive > 0, variance, 1.0)
+        self.seen.append(_Seen(centred.mean(axes), centred.square().mean(axes), kept, alive))
 
 
 def distil(module: nn.Module, start: Tensor, *, steps: int = STEPS, seed: int = 0, batch: int | None = None) -> Tensor:
@@ -102,8 +106,8 @@ def distil(module: nn.Module, start: Tensor, *, steps: int = STEPS, seed: int = 
 def mismatch(module: nn.Module, images: Tensor, batch: int | None = None) -> float:
     """Return how far the BatchNorms' inputs are from their running statistics, on normalised ``images`` [N, C, H, W].
 
-    The mean over BatchNorms and channels of (mean - mu)^2 / sigma^2 + (var / sigma^2 - 1)^2: 0 for images that are
-    just like those of the training. Raises what ``distil`` raises.
+    The mean over BatchNorms and their living channels of (mean - mu)^2 / sigma^2 + (var / sigma^2 - 1)^2: 0 for
+    images that are just like those of the training. Raises what ``distil`` raises.
     """
     return float(_loss(_whole(module, images, lambda x: x, batch)))
 
@@ -137,10 +141,10 @@ def _whole(module: nn.Module, images: Tensor, view: Callable[[Tensor], Tensor], 
     with torch.no_grad():
         found = [_observe(module, view(portion)) for portion in _portions(images, batch)]
     return [
-        _Seen(
-            torch.stack([seen.first for seen in same]).mean(0),
-            torch.stack([seen.second for seen in same]).mean(0),
-            same[0].variance,
+        replace(
+            same[0],
+            first=torch.stack([seen.first for seen in same]).mean(0),
+            second=torch.stack([seen.second for seen in same]).mean(0),
         )
         for same in zip(*found, strict=True)
     ]
