@@ -118,33 +118,29 @@ def scaled(gain: Tensor, factor: Tensor) -> Tensor:
 def through_layer(gain: Tensor, rows: Tensor, layer: Layer) -> Tensor:
     """Return (1 - ρ) Σ_t W_tᵀ G W_t + ρ Sᵀ G S, S = Σ_t W_t: the gain in front of a layer, ``rows`` [out, length]."""
     weight = rows.view(layer.out_channels, -1, layer.taps)
+    sums = weight.sum(2)
     if layer.depthwise and layer.out_channels == layer.in_channels and gain.dim() == 2:
         weight = weight[:, 0]
-        sums = weight.sum(1)
-        return gain * torch.lerp(weight @ weight.T, torch.outer(sums, sums), RHO)
-    if layer.groups > 1:
-        weight = _dense(weight, layer)
-    sums = weight.sum(2)
+        return gain * torch.lerp(weight @ weight.T, torch.outer(sums[:, 0], sums[:, 0]), RHO)
     if layer.taps == 1:
-        return _form(gain, sums)
-    stacked = weight.permute(2, 0, 1)
-    apart = sum((_form(gain, one) for one in stacked[1:]), _form(gain, stacked[0]))
-    return torch.lerp(apart, _form(gain, sums), RHO)
+        return _form(gain, sums, layer.groups)
+    apart = sum(_form(gain, weight[:, :, tap], layer.groups) for tap in range(layer.taps))
+    return torch.lerp(torch.as_tensor(apart), _form(gain, sums, layer.groups), RHO)
 
 
-def _form(gain: Tensor, weight: Tensor) -> Tensor:
-    """Wᵀ G W, or its diagonal where the inputs are too many."""
-    behind = gain[:, None] * weight if gain.dim() == 1 else gain @ weight
-    return (behind * weight).sum(0) if weight.shape[1] > WIDEST else weight.T @ behind
-
-
-def _dense(weight: Tensor, layer: Layer) -> Tensor:
-    """A grouped weight [out, in / groups, taps] with its zeros, [out, in, taps]."""
-    outputs, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
-    full = torch.zeros(layer.groups, outputs, layer.groups, inputs, layer.taps)
-    index = torch.arange(layer.groups)
-    full[index, :, index] = weight.view(layer.groups, outputs, inputs, layer.taps)
-    return full.view(layer.out_channels, layer.in_channels, layer.taps)
+def _form(gain: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Wᵀ G W of a weight [out, in / groups], or its diagonal where the inputs are too many."""
+    blocks = weight.view(groups, -1, weight.shape[1])
+    inputs = groups * weight.shape[1]
+    if gain.dim() == 1 and inputs > WIDEST:
+        return (blocks.square() * gain.view(groups, -1, 1)).sum(1).flatten()
+    if gain.dim() == 1:
+        gain = torch.diag(gain)
+    behind = torch.einsum("ahp,hpj->ahj", gain.view(len(gain), groups, -1), blocks).reshape(groups, -1, inputs)
+    if inputs > WIDEST and groups == 1:
+        return (behind[0] * weight).sum(0)
+    found = torch.einsum("gob,goi->gib", behind, blocks).reshape(inputs, inputs)
+    return found.diagonal() if inputs > WIDEST else found
 
 
 def through_activation(gain: Tensor, node: Node, moments: Moments) -> Tensor:

@@ -164,7 +164,8 @@ def _search(layers: Sequence[Choices], capacity: int, relaxed: _Relaxed, allowed
     scale = abs(relaxed.bound) + relaxed.price * capacity
     limit = allowed + _ROUNDING * len(layers) * scale
     stages = sorted((_stage(i, layer, relaxed.price, limit) for i, layer in enumerate(layers)), key=_spread)
-    least, most = _remaining(stages, min), _remaining(stages, max)
+    least = _remaining([int(stage.sizes.min()) for stage in stages])
+    most = _remaining([int(stage.sizes.max()) for stage in stages])
     states = _States(*(torch.zeros(1, dtype=kind) for kind in (torch.int64, torch.float64, torch.float64)))
     trace: list[tuple[Tensor, Tensor]] = []
     for step, stage in enumerate(stages):
@@ -191,11 +192,11 @@ def _spread(stage: _Stage) -> tuple[int, int]:
     return -int(stage.sizes.max() - stage.sizes.min()), stage.index
 
 
-def _remaining(stages: Sequence[_Stage], extreme: type[min] | type[max]) -> list[int]:
-    """Return the least or the greatest size that the stages from each on can add."""
+def _remaining(sizes: Sequence[int]) -> list[int]:
+    """Return what the stages from each on add up to, 0 behind the last."""
     sums = [0]
-    for stage in reversed(stages):
-        sums.append(sums[-1] + extreme(stage.sizes.tolist()))
+    for size in reversed(sizes):
+        sums.append(sums[-1] + size)
     return sums[::-1]
 
 

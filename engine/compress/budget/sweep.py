@@ -17,7 +17,7 @@ from torch import Tensor
 from ..assign import Assignment
 from ..feedback import values_of
 from ..rows import to_rows
-from ..scale_search import GridScale, Rounded, clip_search, nearest_levels, ternary_optimum
+from ..scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
 from .adjoint import RHO
 from .sensitivity import LayerUse
 
@@ -91,9 +91,10 @@ class _Judge:
 
 def nearest(rows: Tensor, option: Assignment) -> Tensor:
     """Return Ŵ of float32 ``rows`` [n, length] rounded to the nearest level, scales of least squared error."""
-    share = {"group_size": option.group_size, "layer_wise": option.layer_wise}
+    size, whole = option.group_size, option.layer_wise
     if option.grid is Grid.TERNARY:
-        return values_of(ternary_optimum(rows, **share))
-    scale: GridScale = clip_search(rows, option.bits, option.grid, lowest=_LOWEST_CLIP.get(option.bits, 1.0), **share)
-    form = CodeFormat(option.grid, option.bits, rows.shape[1], option.group_size, option.layer_wise)
-    return values_of(Rounded(form, nearest_levels(rows, form, scale), scale.scale))
+        return values_of(ternary_optimum(rows, group_size=size, layer_wise=whole))
+    lowest = _LOWEST_CLIP.get(option.bits, 1.0)
+    found = clip_search(rows, option.bits, option.grid, group_size=size, layer_wise=whole, lowest=lowest)
+    form = CodeFormat(option.grid, option.bits, rows.shape[1], size, whole)
+    return values_of(Rounded(form, nearest_levels(rows, form, found), found.scale))
