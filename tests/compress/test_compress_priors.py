@@ -4,14 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from dfmpc.compress.priors import (
-    PIXEL_PRIORS,
-    distil,
-    image_shape,
-    mismatch,
-    normalise,
-    synthetic_images,
-)
+from dfmpc.compress.priors import PIXEL_PRIORS, distil, image_shape, mismatch, normalise, synthetic_images
 from dfmpc.compress.priors import distilled as distilled_module
 from dfmpc.compress.priors import noise as noise_module
 from dfmpc.errors import DataError, NonFiniteError, UnsupportedModelError, UsageError
@@ -23,7 +16,7 @@ from torch import nn
 
 PRIORS = sorted(PIXEL_PRIORS)
 GOLDEN = {
-    "fractal": "12de39cf61201089f70cdd3de43d0a134f870d569e3c6f297b92bec3a17324c0",
+    "fractal": "841ed80acd297cd236bd925f1c2b102087b87435e9d86914736b61a688023a23",
     "leaves": "d1a6f0000dcc2c40a306cb8ddc2c01c3012da68d90322c2f419295a500dab3a2",
     "noise": "c44921e33c25b6a850560f01a92e62ab12098b00fbd98f627d288a2560acc923",
 }
@@ -75,8 +68,8 @@ def test_pixels_have_the_statistics_of_photographs(made):
     channels = images.double().transpose(0, 1).reshape(3, -1)
     # images' means have sd 0.07 to 0.12: standard error of the mean of 256 below 0.008
     assert float(channels.mean()) == pytest.approx(0.47, abs=0.03)
-    # clamping takes from the noise, hard contrasts add to the leaves
-    assert float(channels.std()) == pytest.approx(0.25, abs=0.035)
+    # clamping and blending take from noise and fractals, hard contrasts add to the leaves
+    assert float(channels.std()) == pytest.approx(0.25, abs=0.04)
     colours = torch.corrcoef(channels)
     assert float(colours[0, 1]) == pytest.approx(0.93, abs=0.04)
     assert float(colours[1, 2]) == pytest.approx(0.93, abs=0.04)

@@ -32,8 +32,7 @@ SEED_DEPTH, DEPTH = 16, 6
 """Maps composed to reach the attractor's points, and its smaller copies of itself."""
 OPACITY = 1.0
 """A pixel hit n times covers what is below it by 1 - exp(-OPACITY n)."""
-GREYS = (-0.3, 1.24)
-"""Wider than pixels, since a point's colour is a mean of its maps'."""
+GREYS = (0.0, 0.94)
 JITTER_SD = 0.08
 
 
