@@ -36,9 +36,9 @@ def test_a_pointwise_layer_by_hand() -> None:
 
 
 def test_taps_by_hand() -> None:
-    # one channel, taps 1 and 2, G = 1: half of 1 + 4 (positions apart) and half of (1 + 2)² (positions alike)
+    # one channel, taps 1 and 2, G = 1, ρ = 0.4: 0.6 of 1 + 4 (positions apart) and 0.4 of (1 + 2)² (positions alike)
     found = through_layer(torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), layer(1, 1, taps=2))
-    assert found.tolist() == [[0.5 * 5 + 0.5 * 9]]
+    assert found.item() == pytest.approx(0.6 * 5 + 0.4 * 9)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(6, 6, 6), (6, 12, 6), (6, 4, 2), (4, 6, 1)])
@@ -95,10 +95,10 @@ def test_slopes_are_those_of_a_gaussian_sample(op: Op, function: Callable[[Tenso
 
 def test_pool_gain_by_hand() -> None:
     assert pool_gain(1) == 1
-    # 2 positions an axis, correlation 1/2: (1 + 1 + 2/2) / 4 = 3/4, squared for two axes
-    assert pool_gain(4) == pytest.approx(9 / 16)
-    # many positions: 3 of n an axis are worth one
-    assert pool_gain(100**2) == pytest.approx((3 / 100) ** 2, rel=0.03)
+    # 2 positions an axis, correlation 0.4: (1 + 1 + 2 * 0.4) / 4 = 0.7, squared for two axes
+    assert pool_gain(4) == pytest.approx(0.49)
+    # many positions: (1 + 0.4) / (1 - 0.4) of n an axis are worth one
+    assert pool_gain(100**2) == pytest.approx((1.4 / 0.6 / 100) ** 2, rel=0.03)
 
 
 class Chain(nn.Module):

@@ -21,8 +21,8 @@ from ..gaussian import Moments
 from ..rows import to_rows
 from ..state import State
 
-RHO = 0.5
-"""Correlation between neighbouring positions of signal and noise alike, as in the calibrator ``analytic``."""
+NOISE_RHO = 0.4
+"""Correlation of a noise between neighbouring positions; signals are taken with 0.5, as in the calibrator analytic."""
 WIDEST = 2048
 """Channels above which only the diagonal of G is kept."""
 _ORDER = 12
@@ -121,11 +121,11 @@ def through_layer(gain: Tensor, rows: Tensor, layer: Layer) -> Tensor:
     sums = weight.sum(2)
     if layer.depthwise and layer.out_channels == layer.in_channels and gain.dim() == 2:
         weight = weight[:, 0]
-        return gain * torch.lerp(weight @ weight.T, torch.outer(sums[:, 0], sums[:, 0]), RHO)
+        return gain * torch.lerp(weight @ weight.T, torch.outer(sums[:, 0], sums[:, 0]), NOISE_RHO)
     if layer.taps == 1:
         return _form(gain, sums, layer.groups)
     apart = sum(_form(gain, weight[:, :, tap], layer.groups) for tap in range(layer.taps))
-    return torch.lerp(torch.as_tensor(apart), _form(gain, sums, layer.groups), RHO)
+    return torch.lerp(torch.as_tensor(apart), _form(gain, sums, layer.groups), NOISE_RHO)
 
 
 def _form(gain: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -157,7 +157,7 @@ def pool_gain(window: int) -> float:
     Positions correlate by ρ to the power of their distance along each axis: a large window averages noise away.
     """
     side = max(1, round(math.sqrt(window)))
-    near = sum((side - distance) * RHO**distance for distance in range(1, side))
+    near = sum((side - distance) * NOISE_RHO**distance for distance in range(1, side))
     return ((side + 2 * near) / side**2) ** 2
 
 
@@ -209,4 +209,4 @@ def _flattened(gain: Tensor, channels: int) -> Tensor:
         return _fitted(gain.view(channels, -1).sum(1))
     positions = len(gain) // channels
     split = gain.view(channels, positions, channels, positions)
-    return torch.lerp(split.diagonal(dim1=1, dim2=3).sum(-1), split.sum((1, 3)), RHO)
+    return torch.lerp(split.diagonal(dim1=1, dim2=3).sum(-1), split.sum((1, 3)), NOISE_RHO)

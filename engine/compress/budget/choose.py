@@ -163,6 +163,11 @@ def _sweep_one(model: LoadedModel, options: Sequence[Assignment], uses: Sequence
         params=layer.params,
         bits=tuple(option.bits for option in options),
         sizes=tuple(layer_bytes(option) for option in options),
-        errors=found.errors,
-        effects=found.effects,
+        errors=_settled(found.errors),
+        effects=_settled(found.effects),
     )
+
+
+def _settled(values: Sequence[float]) -> tuple[float, ...]:
+    """Six digits hide the last bits in which matrix products differ between machines, so that the choice does not."""
+    return tuple(float(f"{value:.6g}") for value in values)

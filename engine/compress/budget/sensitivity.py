@@ -19,7 +19,10 @@ from ..gaussian import Moments
 from ..quantize import original_taps
 from ..state import State, image_state, propagate
 from ..taps import Taps
-from .adjoint import RHO, Adjoint
+from .adjoint import Adjoint
+
+RHO = 0.5
+"""Correlation of signals between neighbouring positions, as in the calibrator ``analytic``."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from ..assign import Assignment
 from ..feedback import values_of
 from ..rows import to_rows
 from ..scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
-from .adjoint import RHO
-from .sensitivity import LayerUse
+from .sensitivity import RHO, LayerUse
 
 _SAMPLE = 2**17
 """Weights of a layer that are looked at: every n-th row, n the least that stays below."""
