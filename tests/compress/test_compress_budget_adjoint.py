@@ -169,3 +169,34 @@ def test_a_tied_layer_is_heard_at_every_use(loaded: Loader) -> None:
     gain = uses["last"][0].effect[0] * model.state["last.weight"].square().sum(0).double()
     torch.testing.assert_close(late.effect, gain, rtol=1e-4, atol=0)
     assert not torch.allclose(early.effect, late.effect)
+
+
+class Mixed(nn.Module):
+    """A gate, a concatenation, a grouped layer, a padded residual, a pool, a flatten and smooth activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.project, self.bn1 = nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.grouped, self.bn2 = nn.Conv2d(16, 20, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(20)
+        self.hidden, self.head = nn.Linear(80, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.bn0(self.stem(x)))
+        gate = torch.sigmoid(self.excite(nn.functional.gelu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        x = self.bn1(self.project(torch.cat([x * gate, x], 1)))
+        x = nn.functional.silu(nn.functional.pad(x, (0, 0, 0, 0, 2, 2)) + self.bn2(self.grouped(x)))
+        x = nn.functional.avg_pool2d(nn.functional.max_pool2d(x, 2), 2)
+        return self.head(torch.tanh(self.hidden(x.flatten(1))))
+
+
+@pytest.mark.parametrize("widest", [2048, 16], ids=["matrices", "diagonals above 16"])
+def test_every_layer_of_a_mixed_network_is_heard(loaded: Loader, monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
+    monkeypatch.setattr(adjoint, "WIDEST", widest)
+    uses = layer_uses(loaded(Mixed(), (1, 3, 16, 16)))
+    assert list(uses) == ["stem", "squeeze", "excite", "project", "grouped", "hidden", "head"]
+    for (use,) in uses.values():
+        assert use.effect.shape == (use.layer.out_channels,)
+        assert bool(torch.isfinite(use.effect).all())
+        assert bool((use.effect > 0).all())
