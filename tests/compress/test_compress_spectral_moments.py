@@ -17,6 +17,10 @@ SIDE, WIDTH, COLOURS = 8, 32, 12
 FIELDS = 1500
 
 
+GAUSSIAN = SpectralOptions(tau=None, exponent=1.0, colour_correlation=0.0, contrast=0.0, independence=0.0)
+"""The plain model, with an input of many independent channels: sums behind the ReLUs come near to Gaussian."""
+
+
 class Residual(nn.Module):
     """conv - norm - relu - conv - norm, plus a projected shortcut, all with circular padding; then a stride of 2."""
 
@@ -94,8 +98,7 @@ def _walk(model: Model, moments: SpectralMoments, quantized: dict[str, Tensor]) 
 
 
 def _gaussian_input(model: Model) -> SpectralMoments:
-    """The model with an input of many independent channels, so that sums behind the ReLUs come near to Gaussian."""
-    return SpectralMoments(model.graph, model.tensor, SpectralOptions(tau=None, exponent=1.0, colour_correlation=0.0))
+    return SpectralMoments(model.graph, model.tensor, GAUSSIAN)
 
 
 def _with_rounded_weights(model: Model) -> dict[str, Tensor]:

@@ -58,7 +58,8 @@ class SpectralMoments:
         entry = self._entry(node, layer)
         if entry.window is None:
             return torch.eye(layer.length).expand(layer.groups, -1, -1)
-        return patch_moments(entry.quantized, entry.window, layer.groups)
+        options = self.options
+        return patch_moments(entry.quantized, entry.window, layer.groups, options.contrast, options.independence)
 
     def through_layer(self, node: Node, original: Tensor, quantized: Tensor, bias: Tensor | None) -> None:
         """Take both networks through a weight layer: weights as [out, length] rows, ``bias`` [out] of both."""

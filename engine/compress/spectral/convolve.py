@@ -87,13 +87,27 @@ class Kernel:
         found = torch.complex(angles.cos().float() @ taps, angles.sin().float() @ taps)
         return found.view(-1, self.groups, outs // self.groups, ins)
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output reads the one position that it stands at: then W(f) is the weight itself."""
+        return self.window.kernel == (1, 1) and self.window.padding == (0, 0)
+
     def from_left(self, spectrum: Tensor, grid: Torus) -> Tensor:
         """W(f) X(f), complex64 [P, out, B], of X, [P, in, B]."""
+        if self.pointwise and self.groups == 1:
+            flat = torch.view_as_real(spectrum.resolve_conj()).flatten(2)
+            product = torch.matmul(self.weight.flatten(1), flat)
+            return torch.view_as_complex(product.view(len(flat), len(self.weight), -1, 2))
         return multiply(self.transfer(grid), spectrum)
 
     def both_sides(self, spectrum: Tensor, grid: Torus) -> Tensor:
         """W(f) S(f) W(f)ᴴ of a Hermitian S, complex64 [P, in, in]."""
+        if self.pointwise and self.groups == 1:
+            return self.from_left(self.from_left(spectrum, grid).mH, grid)
         transfer = self.transfer(grid)
+        if transfer.shape[2:] == (1, 1):
+            gains = transfer.view(len(transfer), -1)
+            return (spectrum * gains.unsqueeze(2)).mul_(gains.conj().resolve_conj().unsqueeze(1))
         return multiply(transfer, multiply(transfer, spectrum).mH)
 
     def mean(self, mean: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .torus import Torus, torus
+from .torus import Torus, rescaled, torus
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Field:
     def scaled(self, gain: Tensor) -> Field:
         """Multiply channel c, mean and all, by ``gain[c]`` ([C])."""
         gain = gain.float()
-        return Field(self.mean * gain.view(-1, 1, 1), self.spectrum * (gain.unsqueeze(1) * gain), self.torus)
+        return Field(self.mean * gain.view(-1, 1, 1), rescaled(self.spectrum, gain), self.torus)
 
     @property
     def _bounded(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .convolve import Kernel, multiply
+from .convolve import Kernel
 from .field import Field
 from .torus import Torus
 
@@ -87,7 +87,7 @@ class Links:
 
     def _mapped(self, link: Link, cross: Tensor) -> Tensor:
         if link.kernel is not None:
-            cross = multiply(link.kernel.transfer(self.sizes[link.sources[0]][0]), cross)
+            cross = link.kernel.from_left(cross, self.sizes[link.sources[0]][0])
         return link.behind_strides(cross)
 
     def _joined(self, link: Link, parts: list[Tensor | None], known: Tensor) -> Tensor:

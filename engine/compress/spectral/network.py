@@ -89,7 +89,7 @@ class Network:
             # A max-pool commutes with a ReLU, and its rule is one for Gaussians.
             self.postponed[node.name] = node
             return field, Link(node.inputs)
-        found = activated(node, field, self.options.order)
+        found = activated(node, field, self.options.order, self.options.reach)
         return found.field, Link(node.inputs, gain=found.gain)
 
     def _read_by_layers(self, node: Node) -> bool:
@@ -102,7 +102,9 @@ class Network:
     def _max_pooled(self, node: Node, field: Field) -> tuple[Field, None]:
         pooled = pool.maximum(field, full_size(node.shape), node.window)
         activation = self.postponed.get(node.inputs[0])
-        return (activated(activation, pooled, self.options.order).field if activation else pooled), None
+        if activation is None:
+            return pooled, None
+        return activated(activation, pooled, self.options.order, self.options.reach).field, None
 
     def _added(self, node: Node, inputs: list[Field]) -> tuple[Field, Link] | None:
         if len({(field.channels, field.torus, field.mean.shape) for field in inputs}) > 1:

@@ -17,5 +17,11 @@ class SpectralOptions:
     """Correlation between the image's colours."""
     order: int = 4
     """Terms of the Hermite series of an activation."""
+    reach: int = 4
+    """Lags along each axis up to which its terms beyond the first are kept."""
     tau: float | None = 1.0
     """How far a layer's input means are believed against its running mean; None keeps them."""
+    contrast: float = 0.1
+    """Variance of a factor that all values of an image share: v m mᵀ on top of the second moments of patches."""
+    independence: float = 0.2
+    """By how much covariances between channels are shrunk in the second moments of patches, 0–1."""

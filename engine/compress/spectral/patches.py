@@ -26,17 +26,34 @@ def coverage(field: Field, window: Window) -> Tensor:
     return torch.kron(rows, columns)
 
 
-def patch_moments(field: Field, window: Window, groups: int) -> Tensor:
+def patch_moments(
+    field: Field, window: Window, groups: int, contrast: float = 0.0, independence: float = 0.0
+) -> Tensor:
     """Return Cov(h, h) of the patches h, float32 [groups, K, K], K = in / groups · taps, taps innermost.
 
     R at the taps' lags, where both taps read inside the map, and the covariance of the mean map's patches over the
-    positions, both with the layer's zero padding.
+    positions, both with the layer's zero padding. Images differ in contrast, which Gaussian fields do not: a common
+    factor of variance ``contrast`` adds that times E[h] E[h]ᵀ. Blocks between different channels are shrunk by
+    ``independence`` (linear shrinkage towards what the model knows best, after Ledoit and Wolf).
     """
     found = _around_mean(field, window, groups)
     patches = functional.unfold(field.mean.unsqueeze(0), window.kernel, window.dilation, window.padding, window.stride)
     patches = patches.view(groups, -1, patches.shape[-1])
-    patches = patches - patches.mean(2, keepdim=True)
-    return torch.baddbmm(found, patches, patches.mT, alpha=1 / patches.shape[2])
+    mean = patches.mean(2, keepdim=True)
+    patches = patches - mean
+    found.baddbmm_(patches, patches.mT, alpha=1 / patches.shape[2]).baddbmm_(mean, mean.mT, alpha=contrast)
+    return _shrunk(found, len(window.offsets), independence)
+
+
+def _shrunk(moments: Tensor, taps: int, independence: float) -> Tensor:
+    """Multiply the blocks between different channels by 1 - ``independence``, in place."""
+    channels = moments.shape[1] // taps
+    blocks = moments.view(-1, channels, taps, channels, taps)
+    own = blocks.diagonal(dim1=1, dim2=3)
+    kept = own.clone()
+    blocks.mul_(1 - independence)
+    own.copy_(kept)
+    return moments
 
 
 def _around_mean(field: Field, window: Window, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .field import Field
-from .torus import torus
+from .torus import rescaled, torus
 
 _MAXIMUM = {4: (1.029, 0.4917), 9: (1.485, 0.357)}
 """Mean and variance of the largest of 2 × 2 and 3 × 3 independent standard normal values (docs/methods.md)."""
@@ -44,8 +44,7 @@ def maximum(field: Field, size: tuple[int, int], window: int) -> Field:
         -1, 1, 1
     )
     grid, spectrum = field.torus.decimated(field.spectrum, _strides(field, size))
-    root = factor.sqrt()
-    return Field(mean, spectrum * (root.unsqueeze(1) * root), grid, field.lower, field.upper)
+    return Field(mean, rescaled(spectrum, factor.sqrt()), grid, field.lower, field.upper)
 
 
 def _largest(count: int) -> tuple[float, float]:

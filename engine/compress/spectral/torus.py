@@ -13,6 +13,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+SMALLEST = 4
+"""Strides do not make a side smaller than this: the taps of a 3 × 3 kernel would meet around the torus."""
+
 
 @dataclass(frozen=True)
 class Torus:
@@ -48,6 +51,16 @@ class Torus:
         turns = self.points.double() / torch.tensor([self.height, self.width])
         return 2 * math.pi * (turns @ offsets.double().T)
 
+    def near(self, reach: int) -> Tensor:
+        """Return the kept lags of at most ``reach`` along each axis, signed, int64 [L, 2], the origin first."""
+        lags = self.signed(self.points)
+        return lags[(lags.abs() <= reach).all(1)]
+
+    def signed(self, lags: Tensor) -> Tensor:
+        """Return the lags of least size that are the same on the torus."""
+        size = torch.tensor([self.height, self.width])
+        return torch.where(lags > size // 2, lags - size, lags)
+
     def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
         """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
         angles = self.angles(self.points if lags is None else lags).T
@@ -57,24 +70,40 @@ class Torus:
         parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
         return torch.addmm(cosine @ parts[0], sine, parts[1], alpha=-1).view(-1, *spectrum.shape[1:])
 
-    def spectrum(self, covariance: Tensor, mirrored: Tensor) -> Tensor:
-        """S, complex64 [P, A, B], of R at the kept lags and ``mirrored``, R at their negatives, float32 [P, A, B]."""
-        angles = self.angles(self.points)
-        half = 0.5 * self.pairs
+    def spectrum(self, covariance: Tensor, mirrored: Tensor, lags: Tensor | None = None) -> Tensor:
+        """S, complex64 [P, A, B], of R at ``lags`` and ``mirrored``, R at their negatives, float32 [L, A, B].
+
+        ``lags`` holds one of each pair ±τ (default all that are kept); R is 0 at the others.
+        """
+        lags = self.points if lags is None else lags
+        angles = self.angles(lags)
+        size = torch.tensor([self.height, self.width])
+        alone = ((2 * lags) % size == 0).all(1)
+        half = torch.where(alone, 0.5, 1.0)
         cosine, sine = ((part * half).float() for part in (angles.cos(), angles.sin()))
         even, odd = (covariance + mirrored).flatten(1), (mirrored - covariance).flatten(1)
-        return torch.complex(cosine @ even, sine @ odd).view(covariance.shape)
+        return torch.complex(cosine @ even, sine @ odd).view(-1, *covariance.shape[1:])
 
     def decimated(self, spectrum: Tensor, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
-        """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag."""
-        small = torus(max(1, self.height // strides[0]), max(1, self.width // strides[1]))
-        signed = torch.stack([_signed(small.points[:, 0], small.height), _signed(small.points[:, 1], small.width)], 1)
-        lags = signed * torch.tensor(strides)
+        """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag.
+
+        The torus becomes smaller by the strides, but not below SMALLEST (where it was not); lags that it then does not
+        hold are taken from its edge.
+        """
+        sides = [
+            min(side, max(side // stride, SMALLEST))
+            for side, stride in zip((self.height, self.width), strides, strict=True)
+        ]
+        small = torus(sides[0], sides[1])
+        edge = torch.tensor([self.height // 2, self.width // 2])
+        lags = (small.signed(small.points) * torch.tensor(strides)).clamp(-edge, edge)
         return small, small.spectrum(self.covariance(spectrum, lags), self.covariance(spectrum, -lags))
 
 
-def _signed(index: Tensor, size: int) -> Tensor:
-    return torch.where(index > size // 2, index - size, index)
+def rescaled(spectrum: Tensor, gain: Tensor) -> Tensor:
+    """Multiply rows and columns of [P, C, C] by ``gain``, float32 [C]."""
+    outer = gain.unsqueeze(1) * gain
+    return torch.view_as_complex(torch.view_as_real(spectrum.resolve_conj()) * outer.unsqueeze(-1))
 
 
 @lru_cache(maxsize=64)
