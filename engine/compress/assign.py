@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -60,8 +60,8 @@ def _role(layer: Layer, pairing: Pairing) -> Role:
     return "high" if layer.name in pairing.highs else "unpaired"
 
 
-def _dfmpc_grid(role: Role, bits: int) -> Grid:
-    return Grid.TERNARY if role == "low" and bits == 2 else Grid.DOREFA
+def _dfmpc_grid(role: Role, bits: int, low_levels: int) -> Grid:
+    return Grid.TERNARY if role == "low" and bits == 2 and low_levels == 3 else Grid.DOREFA
 
 
 _NEIGHBOUR_GRIDS = {
@@ -87,28 +87,34 @@ def _planned_bits(plan: AnyPlan, side: Literal["low", "high"]) -> int:
     return plan.bits if isinstance(plan, RtnPlan) else int(getattr(plan, side))
 
 
-def _assign_one(layer: Layer, plan: AnyPlan, rule: LayerRule | None, pairing: Pairing) -> Assignment:
+def _assign_one(
+    layer: Layer, plan: AnyPlan, rule: LayerRule | None, pairing: Pairing, chosen: int | None
+) -> Assignment:
     role = _role(layer, pairing)
     side: Literal["low", "high"] = "low" if role == "low" else "high"
     planned = _planned_bits(plan, side)
-    bits = rule.bits if rule and rule.bits else planned
+    bits = rule.bits if rule and rule.bits else chosen or planned
     granularity = rule.granularity if rule and rule.granularity else role_granularity(plan, side)
     if isinstance(plan, RtnPlan):
         grid = Grid.SYMMETRIC if plan.symmetric else Grid.ASYMMETRIC
     elif isinstance(plan, NeighbourPlan):
         grid = _neighbour_grid(plan, bits)
     else:
-        grid = _dfmpc_grid(role, bits)
+        grid = _dfmpc_grid(role, bits, plan.low_levels)
     reason = pairing.reasons.get(layer.name, "")
     return Assignment(layer, role, bits, grid, granularity, bool(rule and rule.keep), reason)
 
 
 def assign(
-    layers: Sequence[Layer], plan: AnyPlan, rules: Sequence[LayerRule], pairing: Pairing
+    layers: Sequence[Layer],
+    plan: AnyPlan,
+    rules: Sequence[LayerRule],
+    pairing: Pairing,
+    chosen_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Assignment]:
     """Return every layer's assignment by name, in the order of ``layers``; the first rule that matches wins."""
     chosen = {}
     for layer in layers:
         rule = next((rule for rule in rules if fnmatchcase(layer.name, rule.match)), None)
-        chosen[layer.name] = _assign_one(layer, plan, rule, pairing)
+        chosen[layer.name] = _assign_one(layer, plan, rule, pairing, (chosen_bits or {}).get(layer.name))
     return chosen

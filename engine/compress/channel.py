@@ -27,6 +27,7 @@ class ChannelMoments:
         """Take the network and a reader of its original tensors (float64)."""
         self.graph, self.tensor = graph, tensor
         self.states: dict[str, State] = {}
+        self.biases: dict[str, Tensor] = {}
         # what no norm hears of needs no moments, where there are norms
         self.heard = heard_by_norms(graph) or {node.name for node in graph.nodes}
 
@@ -37,8 +38,19 @@ class ChannelMoments:
     def through_layer(self, node: Node, view: LayerView) -> None:
         """Pass the state of the input through the layer, where it is known and anybody hears of it."""
         state = self.states[node.inputs[0]]
+        self.biases[node.name] = view.bias
         known = node.name in self.heard and len(state.mean) == view.layer.in_channels
         self.states[node.name] = self._through(state, view) if known else image_state(view.layer.out_channels)
+
+    def take_gain(self, node: Node) -> Tensor | None:
+        """Return the root of the variances' ratio, and leave both networks with the original's."""
+        state = self.states[node.name]
+        known = (state.variance > 0) & (state.quantized_variance > 0)
+        gain = torch.where(known, state.variance / torch.where(known, state.quantized_variance, 1.0), 1.0).sqrt()
+        bias = self.biases[node.name]
+        shift = (state.mean + state.shift - bias) * gain + bias - state.mean
+        self.states[node.name] = replace(state, shift=shift, quantized_variance=state.quantized_variance * gain**2)
+        return gain
 
     def take_shift(self, node: Node) -> Tensor | None:
         """Return the state's shift and leave none."""
@@ -57,7 +69,8 @@ class ChannelMoments:
 
     def propagate(self, node: Node) -> None:
         """Pass the states of the inputs on."""
-        self.states[node.name] = propagate(node, [self.states[name] for name in node.inputs], self.rho)
+        inputs = [self.states[name] for name in node.inputs]
+        self.states[node.name] = propagate(node, inputs, self.rho, self.tensor)
 
     def _behind(self, norm: Norm, old: Statistics) -> State:
         gamma = self.tensor(norm.weight) if norm.weight else torch.ones_like(old.mean)
@@ -74,6 +87,10 @@ class ChannelMoments:
 class KeepStatistics(ChannelMoments):
     """``none``: statistics stay as they are."""
 
+    def take_gain(self, node: Node) -> Tensor | None:  # noqa: ARG002 - the interface's signature
+        """Nothing is known of variances."""
+        return None
+
     def take_shift(self, node: Node) -> Tensor | None:  # noqa: ARG002 - the interface's signature
         """Nothing is known of shifts."""
         return None
@@ -87,6 +104,10 @@ class KeepStatistics(ChannelMoments):
 
 class ScaleByNorm(ChannelMoments):
     """``norm``: behind a LOW layer μ̂ = μ r and σ̂ = σ r, r the ratio of the row norms (methods.md, section 2)."""
+
+    def take_gain(self, node: Node) -> Tensor | None:  # noqa: ARG002 - the interface's signature
+        """Nothing is known of variances."""
+        return None
 
     def take_shift(self, node: Node) -> Tensor | None:  # noqa: ARG002 - the interface's signature
         """Nothing is known of shifts."""

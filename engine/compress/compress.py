@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, UnsupportedModelError
-from ..job.methods import DfmpcPlan, RtnPlan
+from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
+from ..job.neighbours import NeighbourPlan
 from ..job.recipes import Steps, steps_of
 from ..job.schema import LayerRule
 from ..models.graph import Layer, Pair, Pairing
 from ..models.load import LoadedModel
 from ..models.pairs import find_pairs
 from .assign import Assignment, assign
+from .budget.choose import choose_bits
 from .calibrate import InputMoments
 from .make_calibrator import make_calibrator
+from .neighbours.run import compress_neighbour
 from .quantize import quantize_layer
 from .result import Compressed
 from .rounding import RoundedLayer, round_layer
@@ -38,17 +41,19 @@ class PlanDescription:
     calibrator: str
 
 
-def describe_plan(plan: DfmpcPlan | RtnPlan) -> PlanDescription:
+def describe_plan(plan: BitPlan) -> PlanDescription:
     """Return method, resolved recipe, tier and calibrator of ``plan``."""
     if isinstance(plan, RtnPlan):
         return PlanDescription("rtn", "", "none", "none")
+    if isinstance(plan, NeighbourPlan):
+        return PlanDescription(plan.method, "", plan.tier, plan.calibrator)
     steps = steps_of(plan)
     return PlanDescription("dfmpc", steps.name, steps.tier, steps.calibrator.name)
 
 
 def compress_model(
     model: LoadedModel,
-    plan: DfmpcPlan | RtnPlan,
+    plan: BitPlan,
     rules: Sequence[LayerRule] = (),
     device: str = "cpu",
     threads: int = 1,
@@ -66,6 +71,8 @@ def compress_model(
     """
     heavy = isinstance(plan, DfmpcPlan) and steps_of(plan).factorises
     with _threads(threads if heavy else 1), torch.inference_mode():
+        if isinstance(plan, NeighbourPlan):
+            return compress_neighbour(model, plan, rules, device)
         return _compress(model, plan, rules, device)
 
 
@@ -82,7 +89,7 @@ def _threads(count: int) -> Iterator[None]:
 def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule], device: str) -> Compressed:
     pairing = Pairing(()) if isinstance(plan, RtnPlan) else find_pairs(model.graph)
     _check(model, plan, pairing)
-    assignments = assign(model.graph.layers, plan, rules, pairing)
+    assignments = assign(model.graph.layers, plan, rules, pairing, _chosen_bits(model, plan, rules))
     work = {name: LayerWork(model, given, device) for name, given in assignments.items() if not given.keep}
     kept = {name: "kept by a layer rule" for name, given in assignments.items() if given.keep}
     if isinstance(plan, RtnPlan):
@@ -94,6 +101,13 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     walked = _walk(model, plan, steps, pairs, work, device)
     tensors = {name: value.float() for name, value in walked.tensors.items()}
     return Compressed(tuple(item.finish(pairing, walked) for item in work.values()), tensors, kept)
+
+
+def _chosen_bits(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule]) -> Mapping[str, int]:
+    """Return the widths that a budget's solver chose, by layer; nothing where the plan names widths."""
+    if isinstance(plan, RtnPlan) or plan.budget is None:
+        return {}
+    return choose_bits(model, plan, rules).bits
 
 
 def _plainly(device: str) -> Callable[[Tensor, Assignment, Moments], RoundedLayer]:
@@ -130,7 +144,7 @@ def _check(model: LoadedModel, plan: DfmpcPlan | RtnPlan, pairing: Pairing) -> N
         raise UnsupportedModelError(
             f"{name}: method dfmpc finds no pair of layers: {cause}; use a plan with method: rtn for this model"
         )
-    for node in model.graph.nodes:
-        for tensor in (node.norm.running_mean, node.norm.running_var) if node.norm else ():
-            if not bool(torch.isfinite(model.state[tensor]).all()):
-                raise NonFiniteError(f"{name}: {tensor} holds NaN or Inf; repair or retrain the checkpoint")
+    stated = [tensor for node in model.graph.nodes if node.norm for tensor in node.norm.tensors]
+    for tensor in (*stated, *(layer.weight for layer in model.graph.layers)):
+        if not bool(torch.isfinite(model.state[tensor]).all()):
+            raise NonFiniteError(f"{name}: {tensor} holds NaN or Inf; repair or retrain the checkpoint")

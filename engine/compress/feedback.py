@@ -31,6 +31,8 @@ class FeedbackOptions:
     """Uniform grids: choose the clip by squared error, else take the full range."""
     sweeps: int | None = None
     """None: two with a re-fit of the scale after each for ternary, one without for uniform grids."""
+    starts: tuple[float, ...] = (1.0, 0.9, 0.8)
+    """Ternary: factors of the optimum scale that rounding starts from; each row keeps the best end."""
     descents: int = 1
     """Passes of coordinate descent behind the sweeps (before the last re-fit); a second gains a tenth of the first."""
 
@@ -168,7 +170,44 @@ def ternary_feedback(
     """
     start = ternary_optimum(rows, group_size=group_size, layer_wise=layer_wise)
     sweeps = 2 if options.sweeps is None else options.sweeps
-    return _improved(rows, start, moments, options, sweeps=sweeps, refit=True)
+    if layer_wise or start.format.length > MAX_FEEDBACK:
+        return _improved(rows, start, moments, options, sweeps=sweeps, refit=True)
+    factor = moments if isinstance(moments, Factor) else factorise(moments, options.damp, options.order)
+    tried = _tried(start, options.starts, len(factor.order))
+    many = _repeated(rows, len(options.starts), len(factor.order))
+    return _best(rows, start, _improved(many, tried, factor, options, sweeps=sweeps, refit=True), factor)
+
+
+def _repeated(rows: Tensor, times: int, batch: int) -> Tensor:
+    """Repeat the rows of every group: [batch * rows, n] becomes [batch * times * rows, n]."""
+    return rows.view(batch, 1, -1, rows.shape[1]).expand(-1, times, -1, -1).reshape(times * len(rows), -1)
+
+
+def _tried(start: Rounded, factors: tuple[float, ...], batch: int) -> Rounded:
+    """Return ``start`` once for every factor of its scale."""
+    scale = _repeated(start.scale, len(factors), batch).view(batch, len(factors), -1, start.scale.shape[1])
+    scaled = (scale * torch.tensor(factors, device=scale.device).view(-1, 1, 1)).view(-1, start.scale.shape[1])
+    return replace(start, levels=_repeated(start.levels, len(factors), batch), scale=scaled)
+
+
+def _best(rows: Tensor, start: Rounded, tried: Rounded, factor: Factor) -> Rounded:
+    """Return of every row the try with the smallest (w − q)'H(w − q), or ``start`` where none is better."""
+    batch, times = len(factor.order), len(tried.levels) // max(1, len(rows))
+    plain = _in_order(start.levels, factor.order)
+    layer = _Layer.of(rows, start, factor)
+    best, gain = start, torch.zeros((len(rows), 1), dtype=torch.float64, device=rows.device)
+    for index in range(times):
+        levels, scale = (
+            part.view(batch, times, -1, part.shape[1])[:, index].reshape(len(rows), -1)
+            for part in (tried.levels, tried.scale)
+        )
+        here = layer.gain(layer.value(plain, start.scale), layer.value(_in_order(levels, factor.order), scale))
+        better = here > gain
+        gain = torch.where(better, here, gain)
+        best = replace(
+            best, levels=torch.where(better, levels, best.levels), scale=torch.where(better, scale, best.scale)
+        )
+    return replace(best, damp=tried.damp, fallback=tried.fallback)
 
 
 def uniform_feedback(

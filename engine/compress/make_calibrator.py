@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
+import torch
 from torch import Tensor
 
 from ..job.calibrators import AnalyticCalibrator, NormCalibrator, SyntheticCalibrator
 from ..job.calibrators import Calibrator as Options
+from ..models.graph import Graph, Node
 from ..models.load import LoadedModel
-from .calibrate import Calibrator
+from .calibrate import Calibrator, InputMoments, LayerView
 from .channel import KeepStatistics, PropagateMoments, ScaleByNorm
-from .priors import normalise, synthetic_images
+from .priors import distil, image_shape, normalise, synthetic_images
+from .spectral.calibrator import SpectralMoments
 from .synthetic import SyntheticMoments
 
 SMALL_IMAGES, LARGE_IMAGES = 256, 64
@@ -20,7 +24,10 @@ _SMALL = 64 * 64
 
 
 def make_calibrator(model: LoadedModel, options: Options, device: str = "cpu") -> Calibrator:
-    """Return the calibrator that ``options`` name for ``model``."""
+    """Return the calibrator that ``options`` name for ``model``.
+
+    Raises UnsupportedModelError where images are asked for and the model's input is none.
+    """
 
     def tensor(name: str) -> Tensor:
         return model.state[name].double()
@@ -28,16 +35,62 @@ def make_calibrator(model: LoadedModel, options: Options, device: str = "cpu") -
     if isinstance(options, SyntheticCalibrator):
         return SyntheticMoments(model, make_images(model, options), options.seed, device)
     if isinstance(options, AnalyticCalibrator):
+        if options.moments == "spectral":
+            return Spectral(model.graph, tensor)
         return PropagateMoments(model.graph, tensor, options)
     known = ScaleByNorm if isinstance(options, NormCalibrator) else KeepStatistics
     return known(model.graph, tensor)
 
 
+class Spectral(SpectralMoments):
+    """``SpectralMoments`` as the walk over the graph wants it."""
+
+    def __init__(self, graph: Graph, tensor: Callable[[str], Tensor]) -> None:
+        """Take the network and a reader of its original tensors."""
+        super().__init__(graph, tensor)
+        self.biases: dict[str, Tensor] = {}
+
+    def input_moments(self, node: Node) -> InputMoments | None:  # type: ignore[override]
+        """Return H; None in front of a layer of which the model knows nothing."""
+        return InputMoments(super().input_moments(node))
+
+    def through_layer(self, node: Node, view: LayerView) -> None:  # type: ignore[override]
+        """Take both networks through the layer."""
+        original, quantized = view.rows()
+        super().through_layer(node, original, quantized, view.bias)
+        self.biases[node.name] = view.bias
+
+    def take_gain(self, node: Node) -> Tensor | None:
+        """Return the ratio of the outputs' standard deviations, and scale the quantized network's by it."""
+        before, after = self.original.fields[node.name], self.quantized.fields[node.name]
+        wanted, found = before.total_variance.double(), after.total_variance.double()
+        known = (wanted > 0) & (found > 0)
+        gain = torch.where(known, wanted / torch.where(known, found, 1.0), 1.0).sqrt()
+        self.quantized.fields[node.name] = after.scaled(gain).shifted(self.biases[node.name] * (1 - gain))
+        return gain
+
+    def take_shift(self, node: Node) -> Tensor | None:
+        """Return the difference of the mean outputs, and take it from the quantized network's."""
+        before, after = self.original.fields[node.name], self.quantized.fields[node.name]
+        shift = after.channel_mean - before.channel_mean
+        self.quantized.fields[node.name] = after.shifted(-shift)
+        return shift.double()
+
+
 def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
-    """Return the images that ``options`` ask for, normalised as the model's are: float32 [N, C, H, W]."""
-    shape = tuple(model.input_shape[1:])
+    """Return the images that ``options`` ask for, normalised as the model's are: float32 [N, C, H, W].
+
+    Raises UnsupportedModelError where the model's input is no image.
+    """
+    shape = image_shape(model)
     count = options.images or (SMALL_IMAGES if prod(shape[1:]) <= _SMALL else LARGE_IMAGES)
-    pixels = synthetic_images(options.prior, count, shape, options.seed)
+    prior = "leaves" if options.prior == "distilled" else options.prior
+    pixels = synthetic_images(prior, count, shape, options.seed)
     preprocess = model.source.preprocess
     mean, std = (preprocess.mean, preprocess.std) if preprocess and shape[0] == 3 else (None, None)
-    return normalise(pixels, mean, std)
+    images = normalise(pixels, mean, std)
+    if options.prior != "distilled":
+        return images
+    with torch.inference_mode(False), torch.enable_grad():
+        batch = None if model.program is None else model.input_shape[0]
+        return distil(model.module, images.clone(), seed=options.seed, batch=batch)

@@ -7,7 +7,6 @@ deviation |γ|: most of what separates synthetic images from real ones goes away
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +56,10 @@ class SyntheticMoments:
         self.quantized.replace(view.layer.weight, from_rows(rows, view.layer))
         self.quantized_values[node.name] = self.quantized.run(node, self.quantized_values)
         self._release(node)
+
+    def take_gain(self, node: Node) -> Tensor | None:  # noqa: ARG002 - the interface's signature
+        """Least squares restores the outputs already."""
+        return None
 
     def take_shift(self, node: Node) -> Tensor | None:
         """Return the difference of the mean outputs, and let the quantized network go on without it."""
@@ -114,7 +117,8 @@ class SyntheticMoments:
             return 0.0
         gamma = self.state[norm.weight].to(target)
         known = gamma.abs() > _TINY * gamma.abs().mean()
-        spread = self._normalise(target, replace(norm, weight=None, bias=None))[2].sqrt().to(target)
+        axes = [0, *range(2, target.dim())]
+        spread = (target.square().mean(axes) - target.mean(axes).square()).clamp_min(0).sqrt()
         gain = torch.where(known, spread / torch.where(known, gamma, 1.0), 0.0)
         shape = [1, -1] + [1] * (target.dim() - 2)
         error = self.values[other] - self.quantized_values[other]
@@ -130,8 +134,9 @@ class SyntheticMoments:
 
 
 def residual_of(graph: Graph, node: Node) -> tuple[Norm, str] | None:
-    """Return the norm behind a branch's last layer and the other operand of the add behind it, where that operand is
-    what the branch itself began with (an identity shortcut).
+    """Return the norm behind a branch's last layer, and the other operand of the residual add behind that norm.
+
+    None where there is no such add, or where the operand is not what the branch itself began with (no identity).
     """
     users = graph.users[node.name]
     norm = users[0] if len(users) == 1 and users[0].norm is not None else None

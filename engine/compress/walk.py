@@ -32,6 +32,8 @@ class LayerFigures:
     """Original and quantized tap sums, before c."""
     rows: Callable[[], tuple[Tensor, Tensor]]
     """Original and quantized weight, float32 [out, length], before c."""
+    row_scales: bool = False
+    """Whether every row has a scale of its own, which a gain may multiply."""
 
 
 Quantizer = Callable[[Layer, Callable[[], InputMoments | None]], LayerFigures]
@@ -58,6 +60,8 @@ class WalkResult:
     """By LOW layer, one a pair."""
     folded: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     """By LOW layer, whether each pair's c went into a norm."""
+    row_gain: dict[str, Tensor] = field(default_factory=dict)
+    """By LOW layer that no norm follows: what its rows' scales are multiplied by, float64 [out]."""
     norm_shift: dict[str, float] = field(default_factory=dict)
     """By layer: root mean square of the running mean's change, in old standard deviations."""
 
@@ -83,6 +87,7 @@ class Walk:
         self.calibrator, self.lambdas, self.correct_biases = calibrator, lambdas, correct_biases
         self.figures: dict[str, LayerFigures] = {}
         self.lows = {pair.low for pair in pairs}
+        self.bare_lows = {pair.low for pair in pairs if not pair.norm}
         self.pairs: dict[str, list[Pair]] = defaultdict(list)
         for pair in pairs:
             self.pairs[pair.norm or pair.low].append(pair)
@@ -117,8 +122,15 @@ class Walk:
             lambda: self._rows(figures),
         )
         self.calibrator.through_layer(node, view)
+        if self.correct_biases and first and layer.name in self.bare_lows and figures.row_scales:
+            self._restore_variance(node, layer)
         if self.correct_biases and first and layer.bias and not readers:
             self._correct_bias(node, layer, figures)
+
+    def _restore_variance(self, node: Node, layer: Layer) -> None:
+        gain = self.calibrator.take_gain(node)
+        if gain is not None:
+            self.result.row_gain[layer.name] = gain
 
     def _correct_bias(self, node: Node, layer: Layer, figures: LayerFigures) -> None:
         shift = self.calibrator.take_shift(node)

@@ -74,7 +74,7 @@ class LayerWork:
         quantized = self.quantized
         bias = _bias(self.model, self.layer)
         norms = quantized.dot, quantized.quantized_norm, quantized.original_norm
-        return LayerFigures(self.layer, bias, *norms, self._taps, self._rows)
+        return LayerFigures(self.layer, bias, *norms, self._taps, self._rows, not quantized.format.layer_wise)
 
     def _taps(self) -> tuple[Taps, Taps]:
         started = time.perf_counter()
@@ -95,7 +95,7 @@ class LayerWork:
             layer=self.layer,
             role=self.assignment.role,
             granularity=self.assignment.granularity,
-            quantized=self.quantized,
+            quantized=_with_gain(self.quantized, walked.row_gain.get(self.layer.name) if walked else None),
             partners=_partners(self.layer, pairing.pairs),
             reason="; ".join(reasons),
             clipped_fraction=self.clipped,
@@ -122,6 +122,16 @@ def kept_figures(model: LoadedModel, layer: Layer, device: str) -> LayerFigures:
 
 def _bias(model: LoadedModel, layer: Layer) -> Tensor:
     return model.state[layer.bias].double() if layer.bias else torch.zeros(layer.out_channels, dtype=torch.float64)
+
+
+def _with_gain(quantized: Quantized, gain: Tensor | None) -> Quantized:
+    """Multiply the rows' scales; the statistics follow."""
+    if gain is None:
+        return quantized
+    scale = quantized.scale * gain.float().to(quantized.scale.device).unsqueeze(1)
+    return replace(
+        quantized, scale=scale, dot=quantized.dot * gain, quantized_norm=quantized.quantized_norm * gain.square()
+    )
 
 
 def _partners(layer: Layer, pairs: Sequence[Pair]) -> tuple[str, ...]:

@@ -39,6 +39,9 @@ class DfmpcPlan(SizedPlan):
     ternary: Literal["twn", "exact"] | None = Field(
         None, description="Ternary levels: TWN's 0.7 rule or the least-squares optimum; default: the recipe's."
     )
+    low_levels: Literal[3, 4] = Field(
+        3, description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa)."
+    )
     clip: Literal["absmax", "mse"] | None = Field(
         None,
         description="Scales of other grids: the largest weight, or clipped for least error; default: the recipe's.",
@@ -48,8 +51,8 @@ class DfmpcPlan(SizedPlan):
     )
     compensate: Annotated[Literal["none", "c", "least-squares"], _YES_OR_NO] | None = Field(
         None,
-        description="How HIGH layers repair LOW ones: none, the coefficients c (also true), or a least-squares re-solve; "
-        "default: the recipe's.",
+        description="How HIGH layers repair LOW ones: none, the coefficients c (also true), or a re-solve by least "
+        "squares of every convolution but depthwise ones; default: the recipe's.",
     )
     lambda1: float = Field(0.5, ge=0, description="Weight of the bias term of the objective.")
     lambda2: float = Field(0.0, ge=0, description="Weight of the penalty on c squared.")

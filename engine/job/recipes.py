@@ -51,9 +51,9 @@ class Steps:
 def steps_of(plan: DfmpcPlan) -> Steps:
     """Return the steps of ``plan``: what it says, and for the rest what its recipe stands for.
 
-    ``published`` is the paper's steps (arXiv 2307.00498) with the named calibrator, default analytic. ``auto`` is the best known in the
-    calibrator's tier: error feedback with exact ternary levels, clip search and, in the synthetic tier (the default),
-    the least-squares re-solve of the HIGH layers.
+    ``published`` is the paper's steps (arXiv 2307.00498) with the named calibrator, default analytic. ``auto`` is the
+    best known in the calibrator's tier: error feedback from exact ternary levels and searched clips and, in the
+    synthetic tier (the default), a least-squares re-solve of the layers for what the quantized network feeds them.
     """
     return _published(plan) if plan.recipe == "published" else _auto(plan)
 

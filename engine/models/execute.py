@@ -105,7 +105,7 @@ class Executor:
             raise UnsupportedModelError(
                 f"{node.name}: {batch} images are no multiple of the exported batch {self.batch}"
             )
-        names = [name for name in _activation_arguments(fx_node, values)]
+        names = _activation_arguments(fx_node, values)
         parts = []
         for start in range(0, batch, self.batch):
             portion = {name: values[name][start : start + self.batch] for name in names}

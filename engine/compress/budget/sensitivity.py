@@ -61,7 +61,8 @@ def forward_states(model: LoadedModel) -> dict[str, State]:
             beta = _vector(model.state, node.norm.bias, 0.0, channels)
             states[node.name] = State.settled(Moments(beta, gamma.square()))
         else:
-            states[node.name] = propagate(node, [states[name] for name in node.inputs], RHO)
+            inputs = [states[name] for name in node.inputs]
+            states[node.name] = propagate(node, inputs, RHO, model.state.__getitem__)
     return states
 
 

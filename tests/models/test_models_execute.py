@@ -1,0 +1,79 @@
+"""A captured program run node by node gives what the network gives, whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dfmpc.errors import UnsupportedModelError
+from dfmpc.models.capture import capture_program, export_program
+from dfmpc.models.execute import Executor
+from dfmpc.models.graph import Op
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Mixed(nn.Module):
+    """In-place activations, a pool with indices, a view with the batch in it, a slice of channels, a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.tied = nn.Linear(8, 8)
+        self.fc = nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu_(self.norm(self.conv(x)))
+        x, _ = functional.max_pool2d_with_indices(x, 2)
+        x = x + functional.softmax(x, 1) * x[:, :1].sigmoid()
+        x = self.tied(self.tied(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.fc(x.contiguous().view(x.shape[0], -1))
+
+
+class AcrossTheBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).sum(0)
+
+
+def run(module: nn.Module, shape: tuple[int, ...], images: Tensor) -> tuple[Tensor, int]:
+    """Execute ``module`` exported for ``shape`` on ``images``; return the output and how many nodes there were."""
+    program = export_program(module.eval(), shape)
+    graph = capture_program(program)
+    executor = Executor(program, dict(module.state_dict()), graph)
+    values: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op is Op.INPUT:
+            values[node.name] = images.clone()
+        elif node.op is not Op.OUTPUT:
+            values[node.name] = executor.run(node, values)
+    return values[executor.source(graph.nodes[-1])], len(graph.nodes)
+
+
+@pytest.mark.parametrize("exported", [1, 2, 6])
+def test_the_program_runs_on_any_multiple_of_its_batch(exported: int) -> None:
+    torch.manual_seed(0)
+    module, images = Mixed().requires_grad_(False), torch.randn(6, 3, 8, 8)
+    found, nodes = run(module, (exported, 3, 8, 8), images)
+    assert nodes > 10
+    torch.testing.assert_close(found, module(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_replaced_tensor_takes_its_place_wherever_it_is_used() -> None:
+    module = Mixed().eval().requires_grad_(False)
+    program = export_program(module, (1, 3, 8, 8))
+    graph = capture_program(program)
+    executor = Executor(program, dict(module.state_dict()), graph)
+    executor.replace("tied.weight", torch.zeros(8, 8))
+    linears = [node for node in graph.nodes if node.layer is not None and node.layer.name == "tied"]
+    assert len(linears) == 2
+    for node in linears:
+        result = executor.run(node, {executor.source(node): torch.randn(3, 4, 4, 8)})
+        torch.testing.assert_close(result, module.tied.bias.expand(3, 4, 4, 8))
+
+
+def test_an_operation_across_the_batch_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="does not treat its images one by one.*calibrator: analytic"):
+        run(AcrossTheBatch(), (1, 4), torch.randn(3, 4))
