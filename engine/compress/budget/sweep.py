@@ -20,7 +20,7 @@ from ..rows import to_rows
 from ..scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
 from .sensitivity import RHO, LayerUse
 
-_SAMPLE = 2**17
+_SAMPLE = 2**16
 """Weights of a layer that are looked at: every n-th row, n the least that stays below."""
 _LOWEST_CLIP = {2: 0.4, 3: 0.5, 4: 0.6, 5: 0.8}
 """Least clip that is tried at a width, of the largest weight: 1 above 5 bits, where less hardly ever wins."""
