@@ -21,8 +21,9 @@ def _randomise(module: nn.Module) -> None:
             count = part.num_features
             part.running_mean = torch.randn(count, generator=generator)
             part.running_var = torch.rand(count, generator=generator) + 0.5
-            part.weight.data = torch.rand(count, generator=generator) + 0.5
-            part.bias.data = torch.randn(count, generator=generator) * 0.3
+            if part.affine:
+                part.weight.data = torch.rand(count, generator=generator) + 0.5
+                part.bias.data = torch.randn(count, generator=generator) * 0.3
         elif hasattr(part, "weight") and isinstance(part.weight, nn.Parameter):
             part.weight.data = torch.randn(part.weight.shape, generator=generator) * 0.2
 
