@@ -58,7 +58,7 @@ def task_key(
         "recipe": describe_plan(task.plan).recipe,
         "calibrator": _calibrator(task),
         "numerics": _numerics(task, device, threads),
-        "plan": task.plan.model_dump(mode="json", exclude={"name"}),
+        "plan": task.plan.model_dump(mode="json", exclude={"name", "pareto"}),
         "layers": [rule.model_dump(mode="json") for rule in task.layers],
     }
     return TaskKey(digest_of(ingredients), ingredients)

@@ -67,7 +67,7 @@ class Calibrator(Protocol):
         """Carry both networks through a weight layer."""
 
     def take_gain(self, node: Node) -> Tensor | None:
-        """Return sd of the original over sd of the quantized output, float64 [out], and give both networks the former."""
+        """Return sd of the original over the quantized output, float64 [out], and give both networks the former."""
 
     def take_shift(self, node: Node) -> Tensor | None:
         """Return mean output of the quantized less the original layer, float64 [out], and remove it from the former."""

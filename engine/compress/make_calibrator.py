@@ -52,6 +52,9 @@ class Spectral(SpectralMoments):
 
     def input_moments(self, node: Node) -> InputMoments | None:  # type: ignore[override]
         """Return H; None in front of a layer of which the model knows nothing."""
+        assert node.layer is not None
+        if self._entry(node, node.layer).window is None:
+            return None
         return InputMoments(super().input_moments(node))
 
     def through_layer(self, node: Node, view: LayerView) -> None:  # type: ignore[override]
@@ -62,6 +65,8 @@ class Spectral(SpectralMoments):
 
     def take_gain(self, node: Node) -> Tensor | None:
         """Return the ratio of the outputs' standard deviations, and scale the quantized network's by it."""
+        if not self._knows(node):
+            return None
         before, after = self.original.fields[node.name], self.quantized.fields[node.name]
         wanted, found = before.total_variance.double(), after.total_variance.double()
         known = (wanted > 0) & (found > 0)
@@ -71,10 +76,16 @@ class Spectral(SpectralMoments):
 
     def take_shift(self, node: Node) -> Tensor | None:
         """Return the difference of the mean outputs, and take it from the quantized network's."""
+        if not self._knows(node):
+            return None
         before, after = self.original.fields[node.name], self.quantized.fields[node.name]
         shift = after.channel_mean - before.channel_mean
         self.quantized.fields[node.name] = after.shifted(-shift)
         return shift.double()
+
+    def _knows(self, node: Node) -> bool:
+        """Whether the field behind a layer has the layer's channels: over tokens those are another axis."""
+        return node.layer is not None and self.original.fields[node.name].channels == node.layer.out_channels
 
 
 def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
