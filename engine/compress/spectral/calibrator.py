@@ -14,7 +14,7 @@ from ..readers import direct_readers
 from ..rows import to_rows
 from ..taps import Taps, refine_mean
 from .convolve import Kernel, Window, window_of
-from .field import Field
+from .field import Field, alive
 from .links import Link
 from .network import Network
 from .options import SpectralOptions
@@ -113,7 +113,8 @@ class SpectralMoments:
         beta = self.tensor(norm.bias).double() if norm.bias else torch.zeros_like(running)
         running = running.clamp_min(0)
         spread = field.total_variance.double()
-        gain = torch.where(spread > 0, gamma * (running / (running + norm.eps) / spread.clamp_min(1e-30)).sqrt(), 0.0)
+        wanted = gamma.square() * running / (running + norm.eps)
+        gain = torch.where(alive(spread) & alive(wanted), gamma.sign() * (wanted / spread.clamp_min(1e-30)).sqrt(), 0.0)
         scaled = field.scaled(gain)
         link = Link(node.inputs, gain=gain.float()) if field is network.fields[node.inputs[0]] else None
         network.put(node, scaled.shifted(beta - scaled.channel_mean), link)

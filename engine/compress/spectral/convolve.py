@@ -82,9 +82,9 @@ class Kernel:
     def transfer(self, grid: Torus) -> Tensor:
         """W(f) = Σ_t w_t exp(i f t), complex64 [P, groups, out / groups, in / groups]."""
         outs, ins = self.weight.shape[:2]
-        angles = grid.angles(self.window.offsets)
+        cosine, sine = grid.waves(self.window.offsets)
         taps = self.weight.flatten(2).movedim(2, 0).flatten(1)
-        found = torch.complex(angles.cos().float() @ taps, angles.sin().float() @ taps)
+        found = torch.complex(cosine.float() @ taps, sine.float() @ taps)
         return found.view(-1, self.groups, outs // self.groups, ins)
 
     @property

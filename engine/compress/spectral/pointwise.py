@@ -11,7 +11,7 @@ from torch import Tensor
 from ...models.graph import Node
 from ..activations import RANGES, activate, hermite_coefficients
 from ..gaussian import Moments
-from .field import Field
+from .field import Field, alive
 from .torus import rescaled
 
 ORDER = 4
@@ -43,10 +43,11 @@ def activated(node: Node, field: Field, order: int = ORDER, reach: int = REACH) 
     step = -(-mean.numel() // EXACT_POSITIONS)
     sample = mean.flatten(1)[:, ::step]
     coefficients = hermite_coefficients(node, sample, sd.unsqueeze(1).expand_as(sample), order).mean(-1)
-    varying = sd > sd.max() * 1e-6
+    variance = exact.variance.flatten(1).mean(1)
+    varying = alive(sd.square()) & alive(variance)
     a = torch.where(varying, coefficients, 0.0).float()
     inverse = torch.where(varying, 1 / sd.clamp_min(1e-30), 0.0).float()
-    variance = torch.where(varying, exact.variance.flatten(1).mean(1), 0.0).float()
+    variance = torch.where(varying, variance, 0.0).float()
     spectrum = _series(field, a, inverse, variance, reach)
     lower, upper = RANGES[node.op]
     return Activated(Field(exact.mean.float(), spectrum, field.torus, lower, upper), a[1] * inverse)

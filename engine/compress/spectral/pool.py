@@ -22,8 +22,8 @@ def averaged(field: Field, size: tuple[int, int]) -> Field:
         return Field(mean, field.spectrum[:1] / field.torus.size, torus(1, 1), field.lower, field.upper)
     strides = _strides(field, size)
     box = torch.cartesian_prod(*(torch.arange(stride) for stride in strides)).view(-1, 2)
-    angles = field.torus.angles(box)
-    power = angles.cos().mean(1).square() + angles.sin().mean(1).square()
+    cosine, sine = field.torus.waves(box)
+    power = cosine.mean(1).square() + sine.mean(1).square()
     grid, spectrum = field.torus.decimated(field.spectrum * power.float().view(-1, 1, 1), strides)
     return Field(mean, spectrum, grid, field.lower, field.upper)
 

@@ -46,10 +46,13 @@ class Torus:
         """Positions."""
         return self.height * self.width
 
-    def angles(self, offsets: Tensor) -> Tensor:
-        """2π f · offset for every kept frequency, float64 [P, offsets]; ``offsets`` is int64 [offsets, 2]."""
+    def waves(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of 2π f · offset at every kept f, float64 [P, N], for ``offsets``, int64 [N, 2]."""
         turns = self.points.double() / torch.tensor([self.height, self.width])
-        return 2 * math.pi * (turns @ offsets.double().T)
+        angles = 2 * math.pi * (turns @ offsets.double().T)
+        # What is left of a zero in floating point would give denormal products, which are slow.
+        cosine, sine = (torch.where(wave.abs() < 1e-12, 0.0, wave) for wave in (angles.cos(), angles.sin()))
+        return cosine, sine
 
     def near(self, reach: int) -> Tensor:
         """Return the kept lags of at most ``reach`` along each axis, signed, int64 [L, 2], the origin first."""
@@ -63,10 +66,8 @@ class Torus:
 
     def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
         """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
-        angles = self.angles(self.points if lags is None else lags).T
-        cosine, sine = (
-            part.float() for part in (angles.cos() * self.pairs / self.size, angles.sin() * self.pairs / self.size)
-        )
+        waves = self.waves(self.points if lags is None else lags)
+        cosine, sine = ((wave.T * self.pairs / self.size).float() for wave in waves)
         parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
         return torch.addmm(cosine @ parts[0], sine, parts[1], alpha=-1).view(-1, *spectrum.shape[1:])
 
@@ -76,11 +77,10 @@ class Torus:
         ``lags`` holds one of each pair ±τ (default all that are kept); R is 0 at the others.
         """
         lags = self.points if lags is None else lags
-        angles = self.angles(lags)
         size = torch.tensor([self.height, self.width])
         alone = ((2 * lags) % size == 0).all(1)
         half = torch.where(alone, 0.5, 1.0)
-        cosine, sine = ((part * half).float() for part in (angles.cos(), angles.sin()))
+        cosine, sine = ((wave * half).float() for wave in self.waves(lags))
         even, odd = (covariance + mirrored).flatten(1), (mirrored - covariance).flatten(1)
         return torch.complex(cosine @ even, sine @ odd).view(-1, *covariance.shape[1:])
 
