@@ -124,7 +124,15 @@ def run(
 
 @app.command(epilog=_example("dfmpc plan jobs/quickstart.yaml"))
 @_guarded
-def plan(job: JobFile, output: Output = None, allow_code: AllowCode = None, as_json: AsJson = False) -> int:
+def plan(
+    job: JobFile,
+    bits: Annotated[
+        bool, typer.Option("--bits", help="Also load the models of bit-plans with a budget and show the bits chosen.")
+    ] = False,
+    output: Output = None,
+    allow_code: AllowCode = None,
+    as_json: AsJson = False,
+) -> int:
     """Show what JOB would run: tasks, bytes, predicted sizes and memory, free disk. Starts and writes nothing.
 
     Exit code 3 where it found what would make a task fail.
@@ -132,9 +140,14 @@ def plan(job: JobFile, output: Output = None, allow_code: AllowCode = None, as_j
     from .run.plan import make_plan  # noqa: PLC0415
     from .show import plan_json, plan_text  # noqa: PLC0415
 
-    planned = make_plan(_load(job, output, allow_code), allow_code=tuple(allow_code or ()))
-    print(plan_json(planned) if as_json else plan_text(planned))
-    return 3 if planned.problems else 0
+    loaded, allowed = _load(job, output, allow_code), tuple(allow_code or ())
+    planned, chosen = make_plan(loaded, allow_code=allowed), None
+    if bits:
+        from .run.bit_choices import choose_all_bits  # noqa: PLC0415
+
+        chosen = choose_all_bits(loaded, allow_code=allowed)
+    print(plan_json(planned, chosen) if as_json else plan_text(planned, chosen))
+    return 3 if planned.problems or (chosen is not None and chosen.problems) else 0
 
 
 @app.command(epilog=_example("dfmpc status store/quickstart"))

@@ -19,6 +19,8 @@ from .report.tables import Table, TableColumn, counted, layers_table, models_tab
 if TYPE_CHECKING:
     from .artifact.manifest import Manifest
     from .artifact.verify import VerifyResult
+    from .compress.budget.choose import SizedPoint
+    from .run.bit_choices import BitChoices, ChosenBits
     from .run.plan import Plan
     from .run.scheduler import RunSummary
     from .run.status import RunStatus
@@ -47,16 +49,51 @@ def run_json(store: Path, ended: RunSummary) -> str:
     )
 
 
-def plan_text(planned: Plan) -> str:
-    """Return a task a row, the totals and what would fail."""
+def plan_text(planned: Plan, chosen: BitChoices | None = None) -> str:
+    """Return a task a row, the totals, where asked for the bits that budgets come to, and what would fail."""
     totals = [f"{_title(name)}: {_cell(name, value)}" for name, value in asdict(planned.totals).items()]
-    return "\n".join([render(_table(planned.rows)), *totals, *(f"problem: {text}" for text in planned.problems)])
+    bits = ["", _bits_text(chosen.rows), ""] if chosen is not None else []
+    problems = [f"problem: {text}" for text in _all_problems(planned, chosen)]
+    return "\n".join([render(_table(planned.rows)), *totals, *bits, *problems])
 
 
-def plan_json(planned: Plan) -> str:
-    """Return the same as a document with tasks, totals and problems."""
+def plan_json(planned: Plan, chosen: BitChoices | None = None) -> str:
+    """Return the same as a document with tasks, totals, problems and, where asked for, bits (every layer's)."""
     rows = [asdict(row) for row in planned.rows]
-    return _document(tasks=rows, totals=asdict(planned.totals), problems=list(planned.problems))
+    bits = {} if chosen is None else {"bits": [_bits_fields(row) for row in chosen.rows]}
+    return _document(tasks=rows, totals=asdict(planned.totals), **bits, problems=_all_problems(planned, chosen))
+
+
+def _all_problems(planned: Plan, chosen: BitChoices | None) -> list[str]:
+    """A model that does not load is found twice and told once."""
+    return list(dict.fromkeys([*planned.problems, *(chosen.problems if chosen is not None else ())]))
+
+
+def _bits_fields(row: ChosenBits) -> dict[str, Any]:
+    return {"task": row.task, "budget": row.budget, **asdict(row.choice)}
+
+
+def _bits_text(rows: Sequence[ChosenBits]) -> str:
+    """Return a budget a row, the points of its curve below it; layers are counted by their bits."""
+    if not rows:
+        return "bits: no bit-plan has a budget that could be looked at"
+    titles = ("bits a\nweight", "MiB\nforetold", "noise to\nsignal", "gap\n%")
+    columns = (TableColumn("task", right=False), TableColumn("budget", right=False), *map(TableColumn, titles))
+    lines = [line for row in rows for line in _bits_lines(row)]
+    return render(Table((*columns, TableColumn("bits:layers", right=False)), tuple(lines)))
+
+
+def _bits_lines(row: ChosenBits) -> list[tuple[str, ...]]:
+    curve = row.choice.pareto
+    points: list[tuple[str, str, SizedPoint]] = [(row.task, row.budget, row.choice)]
+    points += [("", f"curve {number} of {len(curve)}", point) for number, point in enumerate(curve, 1)]
+    return [(task, budget, *_point_cells(point)) for task, budget, point in points]
+
+
+def _point_cells(point: SizedPoint) -> tuple[str, ...]:
+    counts = " ".join(f"{bits}:{count}" for bits, count in sorted(Counter(point.bits.values()).items()))
+    size = f"{point.bytes / _MIB:.3f}"
+    return (f"{point.bits_per_weight:.3f}", size, f"{point.objective:.3g}", f"{100 * point.gap:.2g}", counts)
 
 
 def status_text(state: RunStatus) -> str:

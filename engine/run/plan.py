@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from ..artifact.manifest import is_complete
 from ..errors import ModelError
 from ..job.expand import Task, expand
 from ..job.loader import LoadedJob
-from ..job.methods import DfmpcPlan
+from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
 from ..models.factory import AllowList
 from .devices import device_slots
 from .shared import SharedModel
@@ -127,11 +128,14 @@ def _limits(loaded: LoadedJob, rows: Sequence[PlanRow], totals: PlanTotals) -> l
 
 
 def predicted_artifact_bytes(task: Task) -> int:
-    """Return an upper estimate of an artifact's size in bytes, from the task's widest bits.
+    """Return an upper estimate of an artifact's size in bytes, from the task's widest bits or its budget.
 
     For safetensors it comes from the header: floating tensors with two or more axes become codes and a float32 scale a
     row (or a group), the others stay. Any other file is taken for float32 weights throughout.
     """
+    budget = task.plan.budget if isinstance(task.plan, DfmpcPlan) else None
+    if budget is not None and budget.bits_per_weight is None:
+        return budget.bytes or int(source_bytes(task.model) / (budget.ratio or 1))
     bits = _widest_bits(task)
     headers = [_header(file) for file in source_files(task.model) if file.suffix == ".safetensors"]
     if headers and all(header is not None for header in headers):
@@ -140,9 +144,18 @@ def predicted_artifact_bytes(task: Task) -> int:
 
 
 def _widest_bits(task: Task) -> int:
-    plan = task.plan
-    own = max(plan.low, plan.high) if isinstance(plan, DfmpcPlan) else plan.bits
-    return max([own, *(rule.bits for rule in task.layers if rule.bits is not None)])
+    if isinstance(task.plan, DfmpcPlan) and task.plan.budget is not None:
+        # The budget is kept on average, scales and layer rules included, and no layer gets more than 8 bits.
+        return min(8, math.ceil(task.plan.budget.bits_per_weight or 8))
+    return max([_own_bits(task.plan), *(rule.bits for rule in task.layers if rule.bits is not None)])
+
+
+def _own_bits(plan: BitPlan) -> int:
+    if isinstance(plan, RtnPlan):
+        return plan.bits
+    if isinstance(plan, DfmpcPlan):
+        return max(plan.low, plan.high)
+    return max(plan.width("low"), plan.width("high"))
 
 
 @dataclass(frozen=True)
