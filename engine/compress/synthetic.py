@@ -87,9 +87,11 @@ class SyntheticMoments:
     def propagate(self, node: Node) -> None:
         """Run the operation in both networks."""
         if node.op is Op.INPUT:
-            self.values[node.name] = self.quantized_values[node.name] = self.images
+            # each its own: a program may write into its input
+            self.values[node.name], self.quantized_values[node.name] = self.images.clone(), self.images.clone()
             return
         if node.op is Op.OUTPUT:
+            self._release(node)
             return
         self.values[node.name] = self.original.run(node, self.values)
         self.quantized_values[node.name] = self.quantized.run(node, self.quantized_values)

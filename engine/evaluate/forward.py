@@ -23,8 +23,10 @@ def logits(
     up in the program, and other modules take any. The module is moved to ``device`` and stays there; the result is on
     the CPU. An output with axes behind the classes counts every position as a row. ``name`` is for error texts.
 
-    Raises UnsupportedModelError where the output is no tensor of logits, NonFiniteError where it holds NaN or Inf.
+    Raises UnsupportedModelError where the input or the output is of a kind that evaluation does not know (token ids,
+    several tensors), NonFiniteError where logits are NaN or Inf.
     """
+    _check_input(module, name)
     module = module.to(device)
     size = batch_size or static_batch(module)
     found = []
@@ -41,10 +43,25 @@ def logits(
 
 def static_batch(module: nn.Module) -> int | None:
     """Return the batch that an exported program (or one inside ``module``) was fixed to, None where any will do."""
+    batches = (value.shape[0] for value in _traced_inputs(module) if value.ndim)
+    return next((int(batch) for batch in batches if isinstance(batch, int)), None)
+
+
+def _traced_inputs(module: nn.Module) -> Iterator[Tensor]:
+    """Yield what an exported program (or one inside ``module``) was traced with; nothing for other modules."""
     graphs = (part.graph for part in module.modules() if isinstance(part, fx.GraphModule))
     inputs = (node.meta.get("val") for graph in graphs for node in graph.find_nodes(op="placeholder"))
-    batches = (value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim)
-    return next((int(batch) for batch in batches if isinstance(batch, int)), None)
+    return (value for value in inputs if isinstance(value, Tensor))
+
+
+def _check_input(module: nn.Module, name: str) -> None:
+    traced = next(_traced_inputs(module), None)
+    if traced is not None and not traced.is_floating_point():
+        kind = f"{str(traced.dtype).removeprefix('torch.')} {[str(size) for size in traced.shape]}".replace("'", "")
+        raise UnsupportedModelError(
+            f"{name} takes {kind}, and evaluation feeds float32 images or noise: the artifact itself is complete; to "
+            "have it evaluated, export the network from behind its embedding, where its input is of a floating type"
+        )
 
 
 def _portions(batch: Tensor, size: int | None) -> Iterator[tuple[Tensor, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Executor:
 
     def sources(self, node: Node) -> list[str]:
         """Return the names under which ``run`` looks up the activations that ``node`` reads."""
-        names = [_origin(argument).name for argument in self.nodes[node.name].all_input_nodes]
+        names = [self._origin(argument).name for argument in self.nodes[node.name].all_input_nodes]
         return [name for name in dict.fromkeys(names) if name in self._activations]
 
     def source(self, node: Node) -> str:
@@ -60,10 +60,13 @@ class Executor:
     def run(self, node: Node, values: Mapping[str, Tensor]) -> Any:
         """Return what ``node`` gives; ``values`` has the activations it reads by the names of its fx arguments.
 
+        That is a tensor, or a tuple where the graph has nodes of their own for its parts (chunk, split).
         Raises UnsupportedModelError where the operation cannot run on another batch than the exported one.
         """
         fx_node = self.nodes[node.name]
-        batch = _batch_of(fx_node, values)
+        if fx_node.target is operator.getitem:
+            return self._part(fx_node, values)
+        batch = self._batch_of(fx_node, values)
         if node.op in _WHOLE or batch == self.batch or _keeps_batch(fx_node):
             return self._call(fx_node, values)
         if (reshaped := self._reshape(fx_node, values, batch)) is not None:
@@ -72,13 +75,32 @@ class Executor:
 
     def _call(self, fx_node: fx.Node, values: Mapping[str, Any]) -> Any:
         def look_up(argument: fx.Node) -> Any:
-            origin = _origin(argument).name
+            origin = self._origin(argument).name
             return values[origin] if origin in values else self._derived(argument)
 
         arguments = fx.map_arg(fx_node.args, look_up)
         keywords = fx.map_arg(fx_node.kwargs, look_up)
         result = _target(fx_node)(*arguments, **keywords)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(result, (tuple, list)):
+            return result
+        return tuple(result) if self._has_parts(fx_node) else result[0]
+
+    def _has_parts(self, node: fx.Node) -> bool:
+        """Whether the graph has a node for every part of a tuple that is read, not one for the whole."""
+        parts = [user for user in node.users if user.target is operator.getitem]
+        return bool(parts) and all(part.name in self._activations or not part.users for part in parts)
+
+    def _part(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        whole = values[source.name]
+        found = whole[index] if isinstance(whole, tuple) and isinstance(index, int) else None
+        if found is None:
+            raise UnsupportedModelError(
+                f"{node.name}: result {index} of {source.name} ({source.target}) is not known image by image, so no "
+                "forward pass over synthetic images can be made; use calibrator: analytic"
+            )
+        return found
 
     def _derived(self, node: fx.Node) -> Any:
         """Return a value that comes from parameters and constants alone, computed when it is asked for."""
@@ -95,27 +117,52 @@ class Executor:
         assert isinstance(source, fx.Node)
         assert isinstance(sizes, (list, tuple))
         if sizes and sizes[0] == self.batch and all(isinstance(size, int) for size in sizes):
-            return values[_origin(source).name].reshape(
+            return values[self._origin(source).name].reshape(
                 [batch, *[int(size) for size in sizes[1:] if isinstance(size, int)]]
             )
         return None
 
-    def _in_portions(self, node: Node, fx_node: fx.Node, values: Mapping[str, Tensor], batch: int) -> Tensor:
+    def _in_portions(self, node: Node, fx_node: fx.Node, values: Mapping[str, Tensor], batch: int) -> Any:
         if batch % self.batch:
             raise UnsupportedModelError(
                 f"{node.name}: {batch} images are no multiple of the exported batch {self.batch}"
             )
-        names = _activation_arguments(fx_node, values)
+        names = self._activation_arguments(fx_node, values)
         parts = []
         for start in range(0, batch, self.batch):
             portion = {name: values[name][start : start + self.batch] for name in names}
             parts.append(self._call(fx_node, portion))
-        if not isinstance(parts[0], Tensor) or not parts[0].dim() or parts[0].shape[0] != self.batch:
+        if isinstance(parts[0], tuple):
+            return tuple(self._joined(part) for part in zip(*parts, strict=True))
+        found = self._joined(parts)
+        if found is None:
             raise UnsupportedModelError(
                 f"{node.name} ({node.target}) does not treat its images one by one, so no forward pass over synthetic "
                 "images can be made; use calibrator: analytic"
             )
-        return torch.cat(parts)
+        return found
+
+    def _joined(self, parts: Sequence[Any]) -> Tensor | None:
+        """Return the results of all portions behind each other; None where they are not one an image."""
+        first = parts[0]
+        fits = isinstance(first, Tensor) and first.dim() and first.shape[0] == self.batch
+        return torch.cat(list(parts)) if fits else None
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """Return the operation whose first result ``node`` takes out of a tuple, or ``node`` itself."""
+        while node.target is operator.getitem and node.name not in self._activations:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node = source
+        return node
+
+    def _activation_arguments(self, node: fx.Node, values: Mapping[str, Any]) -> list[str]:
+        names = [self._origin(argument).name for argument in node.all_input_nodes]
+        return [name for name in names if name in values]
+
+    def _batch_of(self, node: fx.Node, values: Mapping[str, Any]) -> int:
+        found = [values[name] for name in self._activation_arguments(node, values)]
+        return next((len(value) for value in found if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def _placeholders(program: ExportedProgram) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -135,25 +182,6 @@ def _placeholders(program: ExportedProgram) -> tuple[dict[str, str], dict[str, T
 def _target(node: fx.Node) -> Callable[..., Any]:
     assert callable(node.target)
     return node.target
-
-
-def _activation_arguments(node: fx.Node, values: Mapping[str, Any]) -> list[str]:
-    names = [_origin(argument).name for argument in node.all_input_nodes]
-    return [name for name in names if name in values]
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Return the operation whose first result ``node`` takes out of a tuple, or ``node`` itself."""
-    while node.target is operator.getitem:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node
-
-
-def _batch_of(node: fx.Node, values: Mapping[str, Any]) -> int:
-    found = [values[name] for name in _activation_arguments(node, values)]
-    return next((len(value) for value in found if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def _keeps_batch(node: fx.Node) -> bool:
