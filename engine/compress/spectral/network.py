@@ -17,7 +17,10 @@ from .field import Field, full_size, image, white
 from .links import Link, Links
 from .options import SpectralOptions
 from .pointwise import activated
-from .torus import Torus, torus
+from .torus import SMALLEST, Torus, torus
+
+LARGEST_SPECTRUM = 2**23
+"""Complex numbers in a spectrum, 64 MiB; there are some ten of them at a time."""
 
 
 class Network:
@@ -26,6 +29,7 @@ class Network:
     def __init__(self, graph: Graph, options: SpectralOptions) -> None:
         """Start before the first node."""
         self.graph, self.options = graph, options
+        self.side = affordable_side(graph, options.side)
         self.fields: dict[str, Field] = {}
         self.links = Links({node.name: place for place, node in enumerate(graph.nodes)}, self.fields)
         self.postponed: dict[str, Node] = {}
@@ -61,7 +65,7 @@ class Network:
         if len(node.shape) != 4:
             return white(node.shape[1] if len(node.shape) > 1 else 1, full_size(node.shape), torus(1, 1))
         height, width = full_size(node.shape)
-        grid = torus(*(_side(size, self.options.side) for size in (height, width)))
+        grid = torus(*(_side(size, self.side) for size in (height, width)))
         return image(node.shape[1], (height, width), grid, self.options.exponent, self.options.colour_correlation)
 
     def _rule(self, node: Node, inputs: list[Field]) -> tuple[Field, Link | None] | None:
@@ -175,3 +179,20 @@ class Network:
 def _side(size: int, largest: int) -> int:
     """Return the torus's side for a map of ``size``: the power of two that is not below it, at most ``largest``."""
     return min(largest, 1 << max(0, size - 1).bit_length())
+
+
+def affordable_side(graph: Graph, largest: int) -> int:
+    """Halve the input's side until no node's spectrum has more than LARGEST_SPECTRUM entries, or all are smallest."""
+    sizes = [(node.shape[1], max(node.shape[2:])) for node in graph.nodes if len(node.shape) == 4]
+    before = max((size for _, size in sizes), default=1)
+    side = largest
+    while side > SMALLEST and any(
+        _entries(channels, side * size // before) > LARGEST_SPECTRUM for channels, size in sizes
+    ):
+        side //= 2
+    return side
+
+
+def _entries(channels: int, side: int) -> int:
+    """Return the entries of a spectrum that a smaller torus would have fewer of."""
+    return channels * channels * (side * side // 2 + 2) if side > SMALLEST else 0

@@ -10,7 +10,7 @@ class SpectralOptions:
     """Prior of the input and fineness of the model; the defaults are the recipe's."""
 
     side: int = 32
-    """Largest side of the torus at the input."""
+    """Largest side of the torus at the input; wide networks get a smaller one (``network.affordable_side``)."""
     exponent: float = 3.0
     """Fall of the input's power with frequency."""
     colour_correlation: float = 0.93

@@ -12,12 +12,13 @@ from ...models.graph import Node
 from ..activations import RANGES, activate, hermite_coefficients
 from ..gaussian import Moments
 from .field import Field, alive
-from .torus import rescaled
 
 ORDER = 4
 """Terms of the Hermite series; what they miss of a channel's variance is put on lag 0."""
 REACH = 4
 """Lags along each axis up to which the terms beyond the first are kept."""
+CACHED = 2**19
+"""Numbers of a block of rows that are worked on at once."""
 EXACT_POSITIONS = 2**19
 """Up to this many values of a mean map the coefficients are averaged over all positions, above it over every n-th."""
 
@@ -57,29 +58,34 @@ def _series(field: Field, coefficients: Tensor, inverse: Tensor, variance: Tenso
     """Return the spectrum of Σ_j a_j a_jᵀ ρ^j / j!, with ``variance`` at lag 0.
 
     The linear term is a product with the gains at every frequency; the others fall fast with ρ and are taken at the
-    near lags only.
+    near lags only. Rows of channels go by turns, so that everything but the spectra stays in the cache.
     """
-    lags = field.torus.near(reach)
-    rho = field.torus.covariance(field.spectrum, lags)
-    rho *= inverse.unsqueeze(1) * inverse
-    first, *terms = [_outer(coefficients[j]) / factorial(j) for j in range(1, len(coefficients))]
-    curved = _polynomial(rho, terms)
-    diagonal = curved[0].diagonal()
-    diagonal.copy_(torch.maximum(variance - first.diagonal() * (inverse > 0), diagonal))
-    spectrum = rescaled(field.spectrum, coefficients[1] * inverse)
-    return spectrum.add_(field.torus.spectrum(curved, curved.mT, lags))
+    grid = field.torus
+    lags = grid.near(reach)
+    backward, forward = grid.to_covariance(lags), grid.to_spectrum(lags)
+    spectrum = torch.view_as_real(field.spectrum.resolve_conj())
+    found = torch.empty(spectrum.shape)
+    at_once = max(1, CACHED // ((len(spectrum) + len(lags)) * field.channels))
+    for rows in torch.arange(field.channels).split(at_once):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        real, imaginary = (side.flatten(1) for side in spectrum[:, part].unbind(-1))
+        even, odd = backward.cosine @ real, backward.sine @ imaginary
+        scale = (inverse[part].unsqueeze(1) * inverse).flatten()
+        products = [(value[part].unsqueeze(1) * value).flatten() / factorial(j) for j, value in enumerate(coefficients)]
+        ahead, behind = (_curved(side.mul_(scale), products[2:]) for side in (even - odd, even + odd))
+        missing = variance[part] - coefficients[1, part].square()
+        for side in (ahead, behind):
+            diagonal = side[0].view(len(rows), -1).diagonal(part.start)
+            diagonal.copy_(torch.maximum(missing, diagonal))
+        gain = products[1] * scale
+        found[:, part, :, 0] = (real * gain).addmm_(forward.cosine, ahead + behind).view(len(found), len(rows), -1)
+        found[:, part, :, 1] = (imaginary * gain).addmm_(forward.sine, behind - ahead).view(len(found), len(rows), -1)
+    return torch.view_as_complex(found)
 
 
-def _polynomial(rho: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return Σ_j terms_j ρ^(j + 2), [L, C, C], a lag at a time, so that it stays in the cache."""
+def _curved(rho: Tensor, terms: list[Tensor]) -> Tensor:
+    """Return Σ_j terms_j ρ^(j + 2) of [L, n], terms [n]."""
     found = torch.zeros_like(rho)
-    for value, out in zip(rho, found, strict=True):
-        for term in reversed(terms):
-            out.mul_(value).add_(term)
-        if terms:
-            out.mul_(value).mul_(value)
-    return found
-
-
-def _outer(vector: Tensor) -> Tensor:
-    return vector.unsqueeze(1) * vector
+    for term in reversed(terms):
+        found.mul_(rho).add_(term)
+    return found.mul_(rho).mul_(rho)

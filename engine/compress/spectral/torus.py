@@ -18,6 +18,14 @@ SMALLEST = 4
 
 
 @dataclass(frozen=True)
+class Waves:
+    """The real and the odd part of a transform between lags and frequencies."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+@dataclass(frozen=True)
 class Torus:
     """A grid of ``height`` × ``width`` positions that wraps around."""
 
@@ -64,25 +72,30 @@ class Torus:
         size = torch.tensor([self.height, self.width])
         return torch.where(lags > size // 2, lags - size, lags)
 
-    def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
-        """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
-        waves = self.waves(self.points if lags is None else lags)
-        cosine, sine = ((wave.T * self.pairs / self.size).float() for wave in waves)
-        parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
-        return torch.addmm(cosine @ parts[0], sine, parts[1], alpha=-1).view(-1, *spectrum.shape[1:])
+    def to_covariance(self, lags: Tensor) -> Waves:
+        """R(τ) = cosine · Re S - sine · Im S at ``lags`` (int64 [L, 2]): float32 [L, P] each."""
+        cosine, sine = ((wave.T * self.pairs / self.size).float() for wave in self.waves(lags))
+        return Waves(cosine, sine)
 
-    def spectrum(self, covariance: Tensor, mirrored: Tensor, lags: Tensor | None = None) -> Tensor:
-        """S, complex64 [P, A, B], of R at ``lags`` and ``mirrored``, R at their negatives, float32 [L, A, B].
-
-        ``lags`` holds one of each pair ±τ (default all that are kept); R is 0 at the others.
-        """
-        lags = self.points if lags is None else lags
+    def to_spectrum(self, lags: Tensor) -> Waves:
+        """S = cosine · (R(τ) + R(-τ)) + i sine · (R(-τ) - R(τ)) with one of each ±τ in ``lags``: float32 [P, L] each."""
         size = torch.tensor([self.height, self.width])
         alone = ((2 * lags) % size == 0).all(1)
-        half = torch.where(alone, 0.5, 1.0)
-        cosine, sine = ((wave * half).float() for wave in self.waves(lags))
+        cosine, sine = ((wave * torch.where(alone, 0.5, 1.0)).float() for wave in self.waves(lags))
+        return Waves(cosine, sine)
+
+    def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
+        """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
+        waves = self.to_covariance(self.points if lags is None else lags)
+        parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
+        found = torch.addmm(waves.cosine @ parts[0], waves.sine, parts[1], alpha=-1)
+        return found.view(-1, *spectrum.shape[1:])
+
+    def spectrum(self, covariance: Tensor, mirrored: Tensor) -> Tensor:
+        """S, complex64 [P, A, B], of R at the kept lags and ``mirrored``, R at their negatives, float32 [P, A, B]."""
+        waves = self.to_spectrum(self.points)
         even, odd = (covariance + mirrored).flatten(1), (mirrored - covariance).flatten(1)
-        return torch.complex(cosine @ even, sine @ odd).view(-1, *covariance.shape[1:])
+        return torch.complex(waves.cosine @ even, waves.sine @ odd).view(covariance.shape)
 
     def decimated(self, spectrum: Tensor, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
         """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag.
