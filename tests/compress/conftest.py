@@ -15,7 +15,7 @@ Loader = Callable[[nn.Module, tuple[int, ...]], LoadedModel]
 
 
 def _randomise(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(7)
+    generator, biases = (torch.Generator().manual_seed(seed) for seed in (7, 8))
     for part in module.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             count = part.num_features
@@ -26,6 +26,8 @@ def _randomise(module: nn.Module) -> None:
                 part.bias.data = torch.randn(count, generator=generator) * 0.3
         elif hasattr(part, "weight") and isinstance(part.weight, nn.Parameter):
             part.weight.data = torch.randn(part.weight.shape, generator=generator) * 0.2
+            if part.bias is not None:
+                part.bias.data = torch.randn(part.bias.shape, generator=biases) * 0.1
 
 
 @pytest.fixture(scope="session")
