@@ -44,8 +44,9 @@ class Steps:
 
     @property
     def factorises(self) -> bool:
-        """Whether bytes may depend on the kind of device and the number of threads."""
-        return self.needs_moments or self.tier == "synthetic"
+        """Whether bytes may depend on the kind of device, the number of threads and the version of torch."""
+        spectral = isinstance(self.calibrator, AnalyticCalibrator) and self.calibrator.moments == "spectral"
+        return self.needs_moments or spectral or self.tier == "synthetic"
 
 
 def steps_of(plan: DfmpcPlan) -> Steps:
