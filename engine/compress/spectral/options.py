@@ -17,7 +17,7 @@ class SpectralOptions:
     """Correlation between the image's colours."""
     order: int = 4
     """Terms of the Hermite series of an activation."""
-    reach: int = 4
+    reach: int = 2
     """Lags along each axis up to which its terms beyond the first are kept."""
     tau: float | None = 1.0
     """How far a layer's input means are believed against its running mean; None keeps them."""

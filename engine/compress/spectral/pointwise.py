@@ -15,7 +15,7 @@ from .field import Field, alive
 
 ORDER = 4
 """Terms of the Hermite series; what they miss of a channel's variance is put on lag 0."""
-REACH = 4
+REACH = 2
 """Lags along each axis up to which the terms beyond the first are kept."""
 CACHED = 2**19
 """Numbers of a block of rows that are worked on at once."""
@@ -66,7 +66,7 @@ def _series(field: Field, coefficients: Tensor, inverse: Tensor, variance: Tenso
     spectrum = torch.view_as_real(field.spectrum.resolve_conj())
     found = torch.empty(spectrum.shape)
     at_once = max(1, CACHED // ((len(spectrum) + len(lags)) * field.channels))
-    for rows in torch.arange(field.channels).split(at_once):
+    for rows in torch.split(torch.arange(field.channels), at_once):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         real, imaginary = (side.flatten(1) for side in spectrum[:, part].unbind(-1))
         even, odd = backward.cosine @ real, backward.sine @ imaginary

@@ -78,7 +78,7 @@ class Torus:
         return Waves(cosine, sine)
 
     def to_spectrum(self, lags: Tensor) -> Waves:
-        """S = cosine · (R(τ) + R(-τ)) + i sine · (R(-τ) - R(τ)) with one of each ±τ in ``lags``: float32 [P, L] each."""
+        """S = cosine · (R(τ) + R(-τ)) + i sine · (R(-τ) - R(τ)), one of each ±τ in ``lags``: float32 [P, L] each."""
         size = torch.tensor([self.height, self.width])
         alone = ((2 * lags) % size == 0).all(1)
         cosine, sine = ((wave * torch.where(alone, 0.5, 1.0)).float() for wave in self.waves(lags))
