@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 import pytest
-from dfmpc.artifact.key import TaskKey, digest_of, evaluation_key, explain, task_key
+from dfmpc.artifact import key as key_module
+from dfmpc.artifact.key import KEY_VERSION, TaskKey, digest_of, evaluation_key, explain, task_key
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
 from dfmpc.job.schema import LayerRule
@@ -32,12 +33,13 @@ def key_of(
     rules: list[LayerRule] | None = None,
     digests: tuple[str, ...] = (A,),
     distribution: str | None = "zoo==1.0",
+    **numerics: Any,
 ) -> TaskKey:
     fields = {**RTN, **(plan or {})}
     chosen = RtnPlan(**fields) if fields["method"] == "rtn" else DfmpcPlan(**(plan or {}))
     model = ModelSource(**{**SOURCE, **(source or {})})
     task = Task(id=f"{model.name}/{chosen.name}", model=model, plan=chosen, layers=rules or [])
-    return task_key(task, digests, distribution=distribution)
+    return task_key(task, digests, distribution=distribution, **numerics)
 
 
 def test_a_key_is_a_digest_with_a_short_form() -> None:
@@ -48,7 +50,7 @@ def test_a_key_is_a_digest_with_a_short_form() -> None:
 
 def test_ingredients_of_a_fixed_task() -> None:
     assert key_of().ingredients == {
-        "key_version": 1,
+        "key_version": KEY_VERSION,
         "format_version": 1,
         "numerics_version": NUMERICS_VERSION,
         "dtypes": {"weights": "float32", "statistics": "float64", "scales": "float32"},
@@ -62,6 +64,8 @@ def test_ingredients_of_a_fixed_task() -> None:
             "torch": None,
         },
         "recipe": "",
+        "calibrator": None,
+        "numerics": None,
         "plan": {"method": "rtn", "bits": 4, "granularity": "channel", "symmetric": True},
         "layers": [],
     }
@@ -122,6 +126,97 @@ def test_a_program_and_a_checkpoint_of_the_same_bytes_differ() -> None:
     assert isinstance(source, dict)
     assert source["inputs"] == [{"role": "program", "digest": A}]
     assert "/x" not in str(key.ingredients)
+
+
+def dfmpc(calibrator: object = None, **fields: Any) -> dict[str, Any]:
+    return {**DFMPC, **({} if calibrator is None else {"calibrator": calibrator}), **fields}
+
+
+SYNTHETIC = dfmpc({"name": "synthetic"})
+NORMALISED = {"preprocess": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"plan": dfmpc({"name": "synthetic", "seed": 1})},
+        {"plan": dfmpc({"name": "synthetic", "prior": "noise"})},
+        {"plan": dfmpc({"name": "synthetic", "images": 64})},
+        {"source": NORMALISED},
+        {"device": "cuda:0"},
+        {"threads": 2},
+    ],
+    ids=["seed", "prior", "images", "normalisation", "device", "threads"],
+)
+def test_what_enters_the_key_of_the_synthetic_tier(other: dict[str, Any]) -> None:
+    assert key_of(**{"plan": SYNTHETIC, **other}).key != key_of(plan=SYNTHETIC).key
+
+
+def test_versions_of_torch_and_of_the_images_enter_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(plan=SYNTHETIC)
+    monkeypatch.setattr(key_module, "version", lambda _: "0.0.0")
+    assert explain(before.ingredients, key_of(plan=SYNTHETIC).ingredients).startswith("numerics.torch: ")
+    monkeypatch.undo()
+    monkeypatch.setattr(key_module, "PRIORS_VERSION", 999)
+    assert explain(before.ingredients, key_of(plan=SYNTHETIC).ingredients).startswith("calibrator.priors_version: ")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"device": "cuda:1"},
+        {"plan": SYNTHETIC},
+        {"source": {"preprocess": {**NORMALISED["preprocess"], "crop": 4}}},
+    ],
+    ids=["which_gpu", "default_calibrator", "crop"],
+)
+def test_what_does_not_enter_the_key_of_the_synthetic_tier(same: dict[str, Any]) -> None:
+    """The default calibrator is the synthetic one; the plan as it is written enters too, so its key may differ."""
+    base = {"plan": dfmpc(), "device": "cuda:0", "source": NORMALISED}
+    first, second = (key_of(**fields).ingredients for fields in (base, {**base, **same}))
+    for part in ("calibrator", "numerics", "recipe"):
+        assert first[part] == second[part]
+    assert same.keys() == {"plan"} or first == second
+
+
+@pytest.mark.parametrize("elsewhere", [{"device": "cuda:0"}, {"threads": 8}, {"source": NORMALISED}], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        RTN,
+        dfmpc(recipe="published"),
+        dfmpc("none"),
+        dfmpc("norm"),
+        dfmpc({"name": "analytic", "moments": "channel"}),
+        {**RTN, "name": "o", "granularity": "tensor"},
+    ],
+    ids=["rtn", "published", "none", "norm", "channel", "rtn_by_tensor"],
+)
+def test_recipes_of_exact_sums_have_one_key_everywhere(plan: dict[str, Any], elsewhere: dict[str, Any]) -> None:
+    assert key_of(plan=plan).ingredients["numerics"] is None
+    assert key_of(plan=plan, **elsewhere).key == key_of(plan=plan).key
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        dfmpc("analytic"),
+        dfmpc(recipe="published", rounding="feedback"),
+        dfmpc(recipe="published", compensate="least-squares"),
+        dfmpc({"name": "analytic", "moments": "spectral"}, recipe="published"),
+    ],
+    ids=["spectral", "feedback", "least-squares", "published_with_spectra"],
+)
+def test_recipes_that_factorise_name_device_threads_and_torch(plan: dict[str, Any]) -> None:
+    numerics = key_of(plan=plan, device="cuda:3", threads=4).ingredients["numerics"]
+    assert isinstance(numerics, dict)
+    assert (numerics["device"], numerics["threads"]) == ("cuda", 4)
+    assert numerics.keys() == {"device", "threads", "torch"}
+
+
+def test_what_auto_stands_for_enters_the_key() -> None:
+    assert "least-squares" in str(key_of(plan=SYNTHETIC).ingredients["recipe"])
+    assert key_of(plan=dfmpc("norm")).key != key_of(plan=dfmpc("norm", recipe="published")).key
 
 
 def test_explain_names_what_differs() -> None:
