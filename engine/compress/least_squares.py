@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.graph import Layer
 from .calibrate import InputMoments
 
-DAMPING = 0.01
+DAMPING = 0.1
 """Of the mean of diag(H)."""
 
 
