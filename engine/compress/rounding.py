@@ -13,7 +13,7 @@ from ..models.graph import Op
 from .assign import Assignment
 from .calibrate import InputMoments
 from .encode import encode
-from .feedback import FeedbackOptions, ternary_feedback, uniform_feedback
+from .feedback import MAX_FEEDBACK, FeedbackOptions, ternary_feedback, uniform_feedback
 from .least_squares import resolve
 from .quantize import quantize_layer, rows_on
 from .scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
@@ -44,7 +44,7 @@ def round_layer(
             return RoundedLayer(quantize_layer(weight, assignment, device))
         rows = rows_on(weight, assignment.layer, device)
         return RoundedLayer(_encoded(rows, _to_nearest(rows.float(), assignment, steps)))
-    found = moments()
+    found = None if assignment.layer.length > MAX_FEEDBACK else moments()
     rows = rows_on(weight, assignment.layer, device)
     target, note = _target(rows.float(), assignment, steps, found)
     if found is None or steps.rounding == "nearest":
@@ -60,7 +60,7 @@ def _is_plain(assignment: Assignment, steps: Steps) -> bool:
 
 def _target(rows: Tensor, assignment: Assignment, steps: Steps, moments: InputMoments | None) -> tuple[Tensor, str]:
     if moments is None:
-        return rows, "no second moments of its input: rounded to nearest"
+        return rows, f"no second moments of its input (or rows longer than {MAX_FEEDBACK}): rounded to nearest"
     if steps.compensate != "least-squares" or not _is_resolved(assignment):
         return rows, ""
     solved = resolve(rows, assignment.layer, moments)

@@ -25,9 +25,9 @@ class AnalyticCalibrator(Strict):
     """Closed-form moments propagated through the graph; no images (docs/methods.md, "Calibrators")."""
 
     name: Literal["analytic"] = Field("analytic", description="Which calibrator.")
-    rho: float = Field(0.5, ge=0, le=1, description="Assumed correlation between the taps of one input channel.")
+    rho: float = Field(0.5, ge=0, le=1, description="Channel moments: correlation between the taps of one channel.")
     tau: float | None = Field(
-        1.0, gt=0, description="Noise of the identity that refines the input means; null leaves them unrefined."
+        1.0, gt=0, description="Channel moments: noise of the identity that refines input means; null leaves them."
     )
     moments: Literal["channel", "spectral"] | None = Field(
         None,
