@@ -81,9 +81,11 @@ def _calibrator(task: Task) -> JsonValue:
     found: dict[str, JsonValue] = calibrator.model_dump(mode="json")
     if isinstance(calibrator, SyntheticCalibrator):
         preprocess = task.model.preprocess
+        # without numbers of its own a block for labels changes no image
+        stated = preprocess if preprocess and preprocess.mean else None
         found |= {
             "priors_version": PRIORS_VERSION,
-            "normalisation": preprocess.model_dump(mode="json", include={"mean", "std"}) if preprocess else None,
+            "normalisation": stated.model_dump(mode="json", include={"mean", "std"}) if stated else None,
         }
     return found
 

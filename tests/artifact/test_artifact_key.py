@@ -179,6 +179,11 @@ def test_what_does_not_enter_the_key_of_the_synthetic_tier(same: dict[str, Any])
     assert same.keys() == {"plan"} or first == second
 
 
+@pytest.mark.parametrize("preprocess", [{}, {"crop": 4}, {"resize": 8}], ids=["nothing", "crop", "resize"])
+def test_labels_added_later_leave_the_key_alone_where_they_bring_no_normalisation(preprocess: dict[str, int]) -> None:
+    assert key_of({"preprocess": preprocess}, SYNTHETIC).key == key_of(plan=SYNTHETIC).key
+
+
 @pytest.mark.parametrize("elsewhere", [{"device": "cuda:0"}, {"threads": 8}, {"source": NORMALISED}], ids=str)
 @pytest.mark.parametrize(
     "plan",
