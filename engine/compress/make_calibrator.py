@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -59,7 +60,7 @@ class Spectral(SpectralMoments):
 
     def through_layer(self, node: Node, view: LayerView) -> None:  # type: ignore[override]
         """Take both networks through the layer."""
-        original, quantized = view.rows()
+        original, quantized = (rows.cpu() for rows in view.rows())
         super().through_layer(node, original, quantized, view.bias)
         self.biases[node.name] = view.bias
 
@@ -96,7 +97,7 @@ def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
     shape = image_shape(model)
     count = options.images or (SMALL_IMAGES if prod(shape[1:]) <= _SMALL else LARGE_IMAGES)
     prior = "leaves" if options.prior == "distilled" else options.prior
-    pixels = synthetic_images(prior, count, shape, options.seed)
+    pixels = _pixels(prior, count, shape, options.seed)
     preprocess = model.source.preprocess
     mean, std = (preprocess.mean, preprocess.std) if preprocess and shape[0] == 3 else (None, None)
     images = normalise(pixels, mean, std)
@@ -105,3 +106,10 @@ def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         batch = None if model.program is None else model.input_shape[0]
         return distil(model.module, images.clone(), seed=options.seed, batch=batch)
+
+
+@lru_cache(maxsize=2)
+def _pixels(prior: str, count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Images for all bit-plans of a model, made once: 3 MiB for 256 of 32 × 32, 37 MiB for 64 of 224 × 224."""
+    with torch.inference_mode(False):
+        return synthetic_images(prior, count, shape, seed)

@@ -84,11 +84,12 @@ def _to_nearest(rows: Tensor, assignment: Assignment, steps: Steps) -> Rounded:
 
 def _with_feedback(rows: Tensor, moments: InputMoments, assignment: Assignment, steps: Steps) -> Rounded:
     group, whole = assignment.group_size, assignment.layer_wise
+    second = moments.second.to(rows.device)
     if assignment.grid is Grid.TERNARY:
-        return ternary_feedback(rows, moments.second, group_size=group, layer_wise=whole)
+        return ternary_feedback(rows, second, group_size=group, layer_wise=whole)
     options = FeedbackOptions(clip_search=steps.clip == "mse")
     return uniform_feedback(
-        rows, moments.second, assignment.bits, options, grid=assignment.grid, group_size=group, layer_wise=whole
+        rows, second, assignment.bits, options, grid=assignment.grid, group_size=group, layer_wise=whole
     )
 
 

@@ -151,7 +151,7 @@ class Walk:
     def _rows(self, figures: LayerFigures) -> tuple[Tensor, Tensor]:
         original, quantized = figures.rows()
         factor = self.factors.get(figures.layer.name)
-        return original, quantized if factor is None else scale_inputs(quantized, figures.layer, factor.float())
+        return original, quantized if factor is None else scale_inputs(quantized, figures.layer, factor.to(quantized))
 
     def _norm(self, node: Node, norm: Norm) -> None:
         new = self.calibrator.restate(node)
