@@ -35,7 +35,9 @@ from dfmpc.run.scheduler import RunOptions, RunSummary, run_job
 from PIL import Image
 from torch import nn
 
-MP: dict[str, object] = {"name": "mp", "method": "dfmpc", "low": 2, "high": 6}
+IMAGES: dict[str, object] = {"name": "synthetic", "images": 32}
+MP: dict[str, object] = {"name": "mp", "method": "dfmpc", "low": 2, "high": 6, "calibrator": IMAGES}
+PUBLISHED: dict[str, object] = {"name": "published", "method": "dfmpc", "recipe": "published"}
 R4: dict[str, object] = {"name": "r4", "method": "rtn", "bits": 4}
 R2: dict[str, object] = {"name": "r2", "method": "rtn", "bits": 2}
 
@@ -143,7 +145,7 @@ def _check_figures(bench: Any, summary: RunSummary) -> None:
     folder = bench.store / str(row.artifact)
     assert row.bytes_before == (bench.folder / "plain.safetensors").stat().st_size
     assert row.bytes_after == sum(file.stat().st_size for file in folder.iterdir())
-    assert (row.method, row.tier, row.pairs, row.device, row.measured_on) == ("dfmpc", "closed-form", 1, "cpu", "noise")
+    assert (row.method, row.tier, row.pairs, row.device, row.measured_on) == ("dfmpc", "synthetic", 1, "cpu", "noise")
     assert row.agreement is not None
     assert 0 <= row.agreement <= 1
     layers = {layer.name: layer for layer in read_layers(summary.run) if layer.task == "plain/mp"}
@@ -153,7 +155,7 @@ def _check_figures(bench: Any, summary: RunSummary) -> None:
         "6": ("high", 6),
         "11": ("unpaired", 6),
     }
-    assert layers["3"].c_mean is not None
+    assert layers["3"].c_mean is None  # the re-solve of the HIGH layer stands in the place of c
     assert layers["3"].clipped_fraction is not None
     assert layers["3"].clipped_fraction > 0
     loaded = dfmpc.load(folder)
@@ -234,18 +236,12 @@ def _bad_models(bench: Any) -> dict[str, tuple[dict[str, object], str, str]]:
         _network(bench), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: batch, 2: side, 3: side},)
     )
     torch.export.save(dynamic, folder / "dynamic.pt2")
-    normless = bench.checkpoint("normless", bench.state("without_norm"))
     return {
         "absent": ({**bench.model("absent"), "checkpoint": "no.safetensors"}, "CheckpointError", "no.safetensors"),
         "torn": (bench.model("torn", checkpoint="torn.safetensors"), "CheckpointError", "truncated or corrupt"),
         "evil": (bench.model("evil", checkpoint="evil.pth"), "UnsafeCheckpointError", "evil.pth"),
         "other": (bench.model("other", "plain", 16, checkpoint="whole.safetensors"), "MismatchError", "3.weight"),
         "nan": (bench.model("nan", checkpoint=bench.checkpoint("nan", broken)), "NonFiniteError", "3.weight"),
-        "normless": (
-            bench.model("normless", "without_norm", checkpoint=normless),
-            "UnsupportedModelError",
-            "BatchNorm",
-        ),
         "bug": (bench.model("bug", "raises_a_bug"), "FactoryError", "ZeroDivisionError: unforeseen"),
         "evil-program": ({"name": "evil-program", "program": "evil.pt2"}, "UnsafeCheckpointError", "evil.pt2"),
         "two-inputs": ({"name": "two-inputs", "program": "two.pt2"}, "UnsupportedModelError", "input"),
@@ -256,11 +252,14 @@ def _bad_models(bench: Any) -> dict[str, tuple[dict[str, object], str, str]]:
 def test_bad_models_fail_by_name_and_the_others_finish(bench: Any) -> None:
     bad = _bad_models(bench)
     models = [model for model, _, _ in bad.values()]
-    summary = _run(bench.job([*models[:5], bench.model("good"), *models[5:]], [MP]))
+    normless = bench.model("normless", "without_norm", checkpoint=bench.checkpoint("n", bench.state("without_norm")))
+    summary = _run(bench.job([*models[:5], bench.model("good"), normless, *models[5:]], [PUBLISHED]))
     rows = {row.model: row for row in summary.rows}
     assert summary.exit_code == 3
-    assert rows["good"].status == "done"
-    assert {name: row.error_class for name, row in rows.items() if name != "good"} == {
+    assert [(rows[name].status, rows[name].tier) for name in ("good", "normless")] == [("done", "closed-form")] * 2
+    layers = {(layer.model, layer.name): layer for layer in read_layers(summary.run)}
+    assert [layers[name].c_mean is None for name in (("good", "3"), ("normless", "2"))] == [False, True]
+    assert {name: row.error_class for name, row in rows.items() if row.status == "failed"} == {
         name: error_class for name, (_, error_class, _) in bad.items()
     }
     for name, (_, _, text) in bad.items():
@@ -268,7 +267,7 @@ def test_bad_models_fail_by_name_and_the_others_finish(bench: Any) -> None:
         assert _log(summary, rows[name]).is_file()
     assert "ZeroDivisionError" in _log(summary, rows["bug"]).read_text()
     assert not (bench.folder / "code-ran").exists()
-    assert [folder.parent.parent.name for folder in find_artifacts(bench.store)] == ["good"]
+    assert sorted(folder.parent.parent.name for folder in find_artifacts(bench.store)) == ["good", "normless"]
     assert list((bench.store / ".attempts").iterdir()) == []
     assert {row.task: row.error for row in read_models(summary.run)} == {row.task: row.error for row in summary.rows}
 
@@ -343,7 +342,11 @@ def test_an_altered_artifact_is_made_anew(bench: Any, capfd: pytest.CaptureFixtu
 _BAD_PLANS: list[tuple[dict[str, Any], str]] = [
     ({"method": "rtn", "bits": 99}, "bits: got 99; expected less than or equal to 8"),
     ({"method": "dfmpc", "lo": 2}, "lo: got an unknown field; expected 'low' (did you mean that?)"),
-    ({"low": 2}, "method: got nothing; expected one of 'dfmpc', 'rtn' (the field is required)"),
+    (
+        {"low": 2},
+        "method: got nothing; expected one of 'daq', 'dfmpc', 'dfq', 'hqq', 'mul2q', 'omse', "
+        "'rtn', 'squant', 'twn-exact', 'vecq' (the field is required)",
+    ),
 ]
 
 
