@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .quantize import quantize_layer
 from .result import Compressed
 from .rounding import RoundedLayer, round_layer
 from .walk import Lambdas, LayerFigures, Walk, WalkResult
-from .work import LayerWork, Moments, kept_figures
+from .work import LayerWork, Moments, kept_figures, partners
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     pairing = Pairing(()) if isinstance(plan, RtnPlan) else find_pairs(model.graph)
     _check(model, plan, pairing)
     assignments = assign(model.graph.layers, plan, rules, pairing, _chosen_bits(model, plan, rules))
-    work = {name: LayerWork(model, given, device) for name, given in assignments.items() if not given.keep}
     kept = {name: "kept by a layer rule" for name, given in assignments.items() if given.keep}
+    told = [_with_lost_partners(given, pairing, kept) for given in assignments.values() if not given.keep]
+    work = {given.layer.name: LayerWork(model, given, device) for given in told}
     if isinstance(plan, RtnPlan):
         for item in work.values():
             item.quantize(_plainly(device), lambda: None)
@@ -101,6 +102,12 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     walked = _walk(model, plan, steps, pairs, work, device)
     tensors = {name: value.float() for name, value in walked.tensors.items()}
     return Compressed(tuple(item.finish(pairing, walked) for item in work.values()), tensors, kept)
+
+
+def _with_lost_partners(given: Assignment, pairing: Pairing, kept: Mapping[str, str]) -> Assignment:
+    """Say why a layer of a pair has no partner that repairs it, or that it repairs."""
+    lost = [name for name in partners(given.layer, pairing.pairs) if name in kept]
+    return replace(given, reason=f"its partner {', '.join(lost)} is kept by a layer rule") if lost else given
 
 
 def _chosen_bits(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[LayerRule]) -> Mapping[str, int]:

@@ -96,7 +96,7 @@ class LayerWork:
             role=self.assignment.role,
             granularity=self.assignment.granularity,
             quantized=_with_gain(self.quantized, walked.row_gain.get(self.layer.name) if walked else None),
-            partners=_partners(self.layer, pairing.pairs),
+            partners=partners(self.layer, pairing.pairs),
             reason="; ".join(reasons),
             clipped_fraction=self.clipped,
             seconds=self.seconds,
@@ -134,7 +134,8 @@ def _with_gain(quantized: Quantized, gain: Tensor | None) -> Quantized:
     )
 
 
-def _partners(layer: Layer, pairs: Sequence[Pair]) -> tuple[str, ...]:
+def partners(layer: Layer, pairs: Sequence[Pair]) -> tuple[str, ...]:
+    """Return the HIGH layers of a LOW one, the LOW layers of a HIGH one."""
     found = [pair.high for pair in pairs if pair.low == layer.name]
     return tuple(dict.fromkeys(found or [pair.low for pair in pairs if pair.high == layer.name]))
 

@@ -96,6 +96,7 @@ def test_a_rule_that_keeps_one_of_a_pair_leaves_the_other_without_c(
     other = {"low": "high", "high": "low"}[broken]
     assert found.kept == {broken: "kept by a layer rule"}
     assert set(layers) == {"stem", "low", "high", "fc"} - {broken}
+    assert f"its partner {broken} is kept by a layer rule" in layers[other].reason
     assert layers[other].quantized.format.bits == {"low": 2, "high": 6}[other]
     assert (layers[other].coefficients, layers[other].folded, layers[other].input_scale) == (None, None, None)
     assert f"{broken}.weight" not in found.changed()
