@@ -16,7 +16,6 @@ from dfmpc.compress.result import Compressed
 from dfmpc.compress.synthetic import RESIDUAL_SHARE, SyntheticMoments, residual_of
 from dfmpc.compress.walk import Walk
 from dfmpc.compress.work import kept_figures
-from dfmpc.errors import UnsupportedModelError
 from dfmpc.job.calibrators import SyntheticCalibrator
 from dfmpc.job.expand import ModelSource
 from dfmpc.job.methods import DfmpcPlan
@@ -259,53 +258,3 @@ def test_a_program_with_its_batch_written_into_it_gives_what_the_factory_gives(
     first, second = (content(compress_model(one, plan())) for one in (model, program))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-class Halves(nn.Module):
-    """Chunks, a split whose middle is unused, and a pool's indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 12, 3, padding=1)
-        self.one, self.two, self.last = nn.Conv2d(6, 5, 1), nn.Conv2d(4, 5, 1), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = self.stem(x).relu().chunk(2, 1)
-        first, _, third = torch.split(self.one(left) + right[:, :5], [1, 2, 2], 1)
-        pooled, _ = nn.functional.max_pool2d_with_indices(torch.cat([first, third, third[:, :1]], 1), 2)
-        return self.last(self.two(pooled).relu().mean((2, 3)))
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-def test_parts_of_chunks_and_splits_are_told_apart(loaded: Loader, batch: int) -> None:
-    model = loaded(Halves(), (batch, 3, 8, 8))
-    images = make_images(model, IMAGES)
-    outputs: dict[str, Tensor] = {}
-
-    class Kept(SyntheticMoments):
-        def _release(self, node: Node) -> None:
-            if node.layer is not None:
-                outputs[node.layer.name] = self.values[node.name]
-            super()._release(node)
-
-    calibrator = Kept(model, images, 0)
-    walked(model, calibrator)
-    with torch.no_grad():
-        torch.testing.assert_close(outputs["last"], model.module(images), rtol=1e-4, atol=1e-5)
-    assert calibrator.values == {}
-
-
-class Unpools(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled, places = nn.functional.max_pool2d_with_indices(self.stem(x), 2)
-        return self.last(nn.functional.max_unpool2d(pooled, places, 2))
-
-
-def test_a_second_result_beside_an_activation_is_refused_with_the_remedy(loaded: Loader) -> None:
-    model = loaded(Unpools(), SHAPE)
-    with pytest.raises(UnsupportedModelError, match=r"result 1 of max_pool2d.*calibrator: analytic"):
-        walked(model, SyntheticMoments(model, make_images(model, IMAGES), 0))
