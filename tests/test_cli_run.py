@@ -63,7 +63,8 @@ def _check_inspect_and_verify(bench: Any, rows: dict[str, Any]) -> None:
     folder = bench.store / rows["good/mp"]["artifact"]
     inspected = call("inspect", folder)
     assert inspected.exit_code == 0
-    assert "good/mp: dfmpc, recipe published, calibrator analytic" in inspected.stdout
+    recipe = "auto: exact ternary, mse clip, feedback, least-squares"
+    assert f"good/mp: dfmpc, recipe {recipe}, calibrator synthetic" in inspected.stdout
     assert "ternary" in inspected.stdout
     assert json.loads(call("inspect", folder, "--json").stdout) == json.loads((folder / "manifest.json").read_text())
 

@@ -93,24 +93,28 @@ def stat_data(path: Path) -> os.stat_result:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check evaluate.data") from error
 
 
-def read_images(path: Path, limit: int | None = None) -> ImageSet:
+def read_images(path: Path, limit: int | None = None, hold_out: int | None = None) -> ImageSet:
     """Read the first ``limit`` rows of a Parquet file with columns ``image`` struct{bytes, path} and ``label`` integer.
 
-    The last file read stays in memory, for the next task. Raises DataError naming the file and what is wrong with it.
+    ``hold_out`` = N leaves out rows 0, N, 2N, … of the file, such as a development set; ``limit`` counts the rest. The
+    last file read stays in memory, for the next task. Raises DataError naming the file and what is wrong with it.
     """
     state = stat_data(path)
-    return _read_images(path, limit, state.st_mtime_ns, state.st_size)
+    return _read_images(path, limit, hold_out, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=1)
-def _read_images(path: Path, limit: int | None, _mtime: int, _size: int) -> ImageSet:
+def _read_images(path: Path, limit: int | None, hold_out: int | None, _mtime: int, _size: int) -> ImageSet:
     encoded: list[bytes] = []
     labels: list[int] = []
     try:
         with pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
+            first = 0
             for rows in file.iter_batches(_READ_ROWS, columns=["image", "label"]):
-                wanted = rows.slice(0, None if limit is None else limit - len(labels))
+                offered = rows if hold_out is None else _without_every(rows, hold_out, first)
+                first += len(rows)
+                wanted = offered.slice(0, None if limit is None else limit - len(labels))
                 encoded += wanted.column("image").field("bytes").to_pylist()
                 labels += wanted.column("label").to_pylist()
                 if limit is not None and len(labels) >= limit:
@@ -119,6 +123,11 @@ def _read_images(path: Path, limit: int | None, _mtime: int, _size: int) -> Imag
         raise DataError(f"{path}: not a readable Parquet file ({error}): check evaluate.data") from error
     _check_rows(path, encoded, labels)
     return ImageSet(path, tuple(encoded), torch.tensor(labels, dtype=torch.int64))
+
+
+def _without_every(rows: pa.RecordBatch, step: int, first: int) -> pa.RecordBatch:
+    """Leave out the rows whose number in the file, counted from ``first``, is a multiple of ``step``."""
+    return rows.take(pa.array([index for index in range(len(rows)) if (first + index) % step]))
 
 
 def batches(

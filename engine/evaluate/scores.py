@@ -72,7 +72,7 @@ def evaluate_artifact(
     file = folder / f"{evaluation_key(artifact_key, ingredients, digest)}.json"
     scores = _cached_scores(file)
     if scores is None:
-        images = None if settings.data is None else read_images(settings.data, settings.limit)
+        images = None if settings.data is None else read_images(settings.data, settings.limit, settings.hold_out)
         # Logits of a CPU and of a GPU differ in their last bits, which the ratio to the original must not see.
         original_key = evaluation_key(model_key, ingredients | {"device": torch.device(device).type}, digest)
         before = _original_logits(folder / f"{original_key}.safetensors", original, settings, images, device)

@@ -31,6 +31,7 @@ class EvaluationSettings:
     preprocess: Preprocess
     data: Path | None = None
     limit: int | None = None
+    hold_out: int | None = None
     top5: bool = False
     """Whether top-5 is reported; it is measured and cached all the same."""
     seed: int = 0
@@ -55,7 +56,7 @@ class EvaluationSettings:
             # Noise has the network's own size: of the preprocessing only mean and std touch it.
             touched = self.preprocess.model_dump(mode="json", include={"mean", "std"})
             return found | touched | {"seed": self.seed, "count": self.noise_count, "noise_version": NOISE_VERSION}
-        return found | self.preprocess.model_dump(mode="json") | {"limit": self.limit}
+        return found | self.preprocess.model_dump(mode="json") | {"limit": self.limit, "hold_out": self.hold_out}
 
 
 def settings_for(
@@ -80,5 +81,13 @@ def settings_for(
         return EvaluationSettings(shape, preprocess, seed=seed, noise_count=count, model=source.name)
     data = Path(folder or "", evaluate.data)
     return EvaluationSettings(
-        shape, preprocess, data, evaluate.limit, "top5" in evaluate.metrics, seed, count, source.name
+        shape,
+        preprocess,
+        data,
+        limit=evaluate.limit,
+        hold_out=evaluate.hold_out,
+        top5="top5" in evaluate.metrics,
+        seed=seed,
+        noise_count=count,
+        model=source.name,
     )

@@ -67,6 +67,9 @@ class Evaluate(Preprocess):
     data: Text = Field(description="Parquet file with columns image{bytes,path} and label.")
     metrics: list[Literal["top1", "top5"]] = Field(default=["top1"], min_length=1, description="What to report.")
     limit: int | None = Field(None, gt=0, description="Use only the first N images.")
+    hold_out: int | None = Field(
+        None, ge=2, description="Leave out images 0, N, 2N, … of the file, such as those that a choice was made on."
+    )
 
 
 class Gates(Strict):

@@ -183,7 +183,8 @@ class _Finder:
 
 def _unfolded(activation: Op, readers: list[str]) -> str:
     if activation not in HOMOGENEOUS:
-        return f"{activation.value}: the clip point would move"
+        because = "the clip point would move" if activation is Op.RELU6 else "a factor would change it"
+        return f"{activation.value}: {because}"
     if len(readers) > 1:
         return f"{len(readers)} layers read it: {', '.join(readers[:8])}"
     return ""

@@ -9,9 +9,9 @@ from math import prod
 from .graph import Graph, Node, Op
 
 ACTIVATIONS = (Op.RELU, Op.RELU6, Op.LEAKY_RELU)
-"""Activations that a pair looks through behind a BatchNorm."""
+"""Piecewise linear activations, which a pair looks through."""
 SMOOTH = (Op.SILU, Op.GELU, Op.HARDSWISH, Op.HARDSIGMOID, Op.SIGMOID, Op.TANH)
-"""Activations that it looks through besides where there is no BatchNorm, so that transformers have pairs."""
+"""Activations that it looks through besides; behind them c cannot fold."""
 _POOLS = (Op.AVG_POOL, Op.MAX_POOL)
 
 
@@ -44,11 +44,12 @@ def norm_ends(graph: Graph, node: Node) -> list[End]:
 
 def layer_ends(graph: Graph, norm: Node) -> list[End]:
     """Follow a norm's output through its activation, identities, pools and flattening to every node that reads it."""
-    return list(_walk(graph, End(norm, channels=norm.shape[1]), _activate))
+    start = End(norm, channels=norm.shape[1])
+    return list(_walk(graph, start, lambda at, user: _activate_smoothly(at, user) or _activate(at, user)))
 
 
 def bare_ends(graph: Graph, node: Node, channels: int) -> list[End]:
-    """Follow a layer's output as ``layer_ends`` follows a norm's, through smooth activations too.
+    """Follow a layer's output as ``layer_ends`` follows a norm's.
 
     Where the channels lie along the last axis (a linear layer over tokens), nothing that changes the shape is looked
     through: it would mix them.

@@ -76,6 +76,20 @@ def test_limit_takes_the_first_rows(tmp_path, limit):
     assert read_images(path, limit).labels.tolist() == list(range(min(limit, 5)))
 
 
+@pytest.mark.parametrize(
+    ("hold_out", "limit", "expected"),
+    [(2, None, [1, 3, 5]), (3, None, [1, 2, 4, 5]), (3, 3, [1, 2, 4]), (9, 2, [1, 2])],
+)
+def test_hold_out_leaves_out_every_nth_row_of_the_file(tmp_path, hold_out, limit, expected):
+    path = tmp_path / "a.parquet"
+    write(path, [encode(picture(2, 2, seed)) for seed in range(6)], range(6))
+    assert read_images(path, limit, hold_out).labels.tolist() == expected
+    # row groups of another size than the reader's batches
+    table = pq.read_table(path)
+    pq.write_table(table, path, row_group_size=4)
+    assert read_images(path, limit, hold_out).labels.tolist() == expected
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "a.parquet"
     write(path, [encode(picture(2, 2))], [1])

@@ -167,7 +167,7 @@ def test_settings_from_a_job(tmp_path):
     source = ModelSource(name="net", preprocess=Preprocess(mean=(0.1,) * 3, std=(0.2,) * 3, crop=6))
     job = Evaluate(data="set.parquet", limit=9, metrics=["top1", "top5"], crop=5)
     assert settings_for(job, source, (1, 3, 6, 6), 3, tmp_path) == EvaluationSettings(
-        (3, 6, 6), source.preprocess, tmp_path / "set.parquet", 9, True, 3
+        (3, 6, 6), source.preprocess, tmp_path / "set.parquet", limit=9, top5=True, seed=3
     )
     plain = settings_for(Evaluate(data="/x/set.parquet", crop=5), ModelSource(name="net"), (2, 3, 5, 5))
     assert plain.preprocess == Preprocess(crop=5)

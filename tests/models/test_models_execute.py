@@ -75,5 +75,5 @@ def test_a_replaced_tensor_takes_its_place_wherever_it_is_used() -> None:
 
 
 def test_an_operation_across_the_batch_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="does not treat its images one by one.*calibrator: analytic"):
+    with pytest.raises(UnsupportedModelError, match=r"does not treat its images one by one.*calibrator: analytic"):
         run(AcrossTheBatch(), (1, 4), torch.randn(3, 4))

@@ -57,21 +57,25 @@ def test_what_a_pair_looks_through(between: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (nn.SiLU(), "output read by silu (aten.silu.default)"),
+        (nn.Softsign(), "output read by abs_1 (aten.abs.default)"),
         (nn.LayerNorm([6, 16, 16]), "output read by layer_norm (aten.layer_norm.default)"),
         (nn.ZeroPad3d((0, 0, 0, 0, 0, 0)), None),
     ],
-    ids=["silu", "layer_norm", "no-op pad"],
+    ids=["softsign", "layer_norm", "no-op pad"],
 )
 def test_what_a_pair_does_not_look_through(between: nn.Module, reason: str | None) -> None:
     assert plain(nn.Identity(), between).reasons.get("3") == reason
 
 
-def test_gelu_behind_a_norm_makes_no_pair() -> None:
-    pairing = plain(nn.GELU())
-    assert pairing.pairs == ()
-    assert pairing.reasons["3"] == "output read by gelu (aten.gelu.default)"
-    assert pairing.reasons["6"] == "no BatchNorm behind it"
+@pytest.mark.parametrize(
+    ("activation", "op"),
+    [(nn.GELU(), Op.GELU), (nn.SiLU(), Op.SILU), (nn.Hardswish(), Op.HARDSWISH), (nn.Tanh(), Op.TANH)],
+    ids=lambda value: value.value if isinstance(value, Op) else "",
+)
+def test_a_smooth_activation_makes_a_pair_whose_c_stays_beside_it(activation: nn.Module, op: Op) -> None:
+    assert plain(activation).pairs == (
+        Pair("3", "4", op, "6", unfolded_because=f"{op.value}: a factor would change it"),
+    )
 
 
 @pytest.mark.parametrize(

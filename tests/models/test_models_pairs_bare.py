@@ -157,9 +157,10 @@ def test_what_mixes_tokens_with_channels_is_not_looked_through() -> None:
     assert reason(lambda x: x[:, :, :4], 4).startswith("output read by slice")
 
 
-def test_a_gated_network_with_batch_norm_is_paired_as_before(tiny: Callable[[str], Graph]) -> None:
+def test_the_expansion_of_a_gated_inverted_residual_is_low(tiny: Callable[[str], Graph]) -> None:
     graph = tiny("gated")
     assert {Op.MUL, Op.HARDSWISH, Op.HARDSIGMOID} <= {node.op for node in graph.nodes}
-    pairing = find_pairs(graph)
-    assert pairing.pairs == ()
-    assert pairing.reasons["expand"] == "output read by hardswish_1 (aten.hardswish.default)"
+    (pair,) = find_pairs(graph).pairs
+    assert (pair.low, pair.activation, pair.folds) == ("expand", Op.HARDSWISH, False)
+    layers = {layer.name: layer for layer in graph.layers}
+    assert layers[pair.high].depthwise
