@@ -95,7 +95,9 @@ def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
     Raises UnsupportedModelError where the model's input is no image.
     """
     shape = image_shape(model)
-    count = options.images or (SMALL_IMAGES if prod(shape[1:]) <= _SMALL else LARGE_IMAGES)
+    wanted = options.images or (SMALL_IMAGES if prod(shape[1:]) <= _SMALL else LARGE_IMAGES)
+    # an operation with the exported batch written into it takes whole batches only
+    count = -(-wanted // model.input_shape[0]) * model.input_shape[0]
     prior = "leaves" if options.prior == "distilled" else options.prior
     pixels = _pixels(prior, count, shape, options.seed)
     preprocess = model.source.preprocess

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Executor:
     """One network as its program, with tensors that the caller may replace; holds no activations.
 
     ``run`` computes one node from the values of its inputs. The batch may be any: an operation that may have the
-    exported batch written into it runs on portions of that size.
+    exported batch written into it runs on portions of that size. A program whose batch is dynamic runs as it stands.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Executor:
         self.device = device
         self.batch = next(node.shape[0] for node in graph.nodes if node.op is Op.INPUT)
         self._activations = {node.name for node in graph.nodes}
+        self._symbol, self._images = _batch_symbol(program), self.batch
         self._names, self._constants = _placeholders(program)
         self.state = {name: state[name].detach().to(device) for name in set(self._names.values()) if name in state}
         self.state |= {name: value.float() for name, value in self.state.items() if value.is_floating_point()}
@@ -66,9 +67,12 @@ class Executor:
         fx_node = self.nodes[node.name]
         if fx_node.target is operator.getitem:
             return self._part(fx_node, values)
-        batch = self._batch_of(fx_node, values)
-        if node.op in _WHOLE or batch == self.batch or _keeps_batch(fx_node):
+        if self._symbol:
+            self._images = self._count(fx_node, values)
             return self._call(fx_node, values)
+        if node.op in _WHOLE or self._as_exported(fx_node, values) or _keeps_batch(fx_node):
+            return self._call(fx_node, values)
+        batch = self._batch_of(fx_node, values)
         if (reshaped := self._reshape(fx_node, values, batch)) is not None:
             return reshaped
         return self._in_portions(node, fx_node, values, batch)
@@ -78,8 +82,8 @@ class Executor:
             origin = self._origin(argument).name
             return values[origin] if origin in values else self._derived(argument)
 
-        arguments = fx.map_arg(fx_node.args, look_up)
-        keywords = fx.map_arg(fx_node.kwargs, look_up)
+        arguments = _map_devices(fx.map_arg(fx_node.args, look_up), self.device)
+        keywords = _map_devices(fx.map_arg(fx_node.kwargs, look_up), self.device)
         result = _target(fx_node)(*arguments, **keywords)
         if not isinstance(result, (tuple, list)):
             return result
@@ -107,7 +111,32 @@ class Executor:
         if node.op == "placeholder":
             name = self._names.get(node.name)
             return self._constants[node.name].to(self.device) if name is None else self.state[name]
-        return self._call(node, {})
+        size = node.meta.get("val")
+        return self._size(size) if isinstance(size, torch.SymInt) else self._call(node, {})
+
+    def _size(self, size: torch.SymInt) -> int:
+        """Return a size of a dynamic program for the batch that it runs on: only the batch is free in it."""
+        expression = size.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, self._images)))
+
+    def _as_exported(self, fx_node: fx.Node, values: Mapping[str, Any]) -> bool:
+        """Whether the activations that an operation reads have the sizes of the export, which it fits as it stands."""
+        return all(value.shape == shape for shape, value in self._shapes(fx_node, values))
+
+    def _shapes(self, fx_node: fx.Node, values: Mapping[str, Any]) -> Iterator[tuple[torch.Size, Tensor]]:
+        """Yield exported shape and real value of the activations that an operation reads."""
+        for origin in map(self._origin, fx_node.all_input_nodes):
+            exported, value = origin.meta.get("val"), values.get(origin.name)
+            exported = exported[0] if isinstance(exported, (tuple, list)) else exported
+            if isinstance(exported, Tensor) and isinstance(value, Tensor):
+                yield exported.shape, value
+
+    def _count(self, fx_node: fx.Node, values: Mapping[str, Any]) -> int:
+        """Return how many images a dynamic program runs on, as the first value shows that is one an image."""
+        for shape, value in self._shapes(fx_node, values):
+            if shape and str(shape[0]) == self._symbol:
+                return len(value)
+        return self._images
 
     def _reshape(self, fx_node: fx.Node, values: Mapping[str, Tensor], batch: int) -> Tensor | None:
         """Run a view or reshape whose first size is the exported batch with the real one in its place."""
@@ -177,6 +206,21 @@ def _placeholders(program: ExportedProgram) -> tuple[dict[str, str], dict[str, T
         elif isinstance(constant := program.constants.get(spec.target), Tensor):
             constants[spec.arg.name] = constant
     return names, constants
+
+
+def _batch_symbol(program: ExportedProgram) -> str:
+    """Return the name of the batch where it is dynamic; empty where it is a number."""
+    inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
+    batches = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return next((str(batch) for batch in batches if not isinstance(batch, int)), "")
+
+
+def _map_devices(arguments: Any, device: str) -> Any:
+    """Put ``device`` in the place of the one that the program was exported on."""
+    return fx.node.map_aggregate(
+        arguments, lambda item: torch.device(device) if isinstance(item, torch.device) else item
+    )
 
 
 def _target(node: fx.Node) -> Callable[..., Any]:

@@ -78,3 +78,20 @@ def test_a_second_result_beside_an_activation_is_refused_with_the_remedy(loaded:
     model = loaded(Unpools(), SHAPE)
     with pytest.raises(UnsupportedModelError, match=r"result 1 of max_pool2d.*calibrator: analytic"):
         walked(model, SyntheticMoments(model, make_images(model, IMAGES), 0))
+
+
+class Enlarges(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.interpolate(self.stem(x), scale_factor=2.0, mode="bilinear"))
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 16), (3, 18), (8, 16)])
+def test_images_come_in_whole_batches_of_the_export(loaded: Loader, batch: int, count: int) -> None:
+    model = loaded(Enlarges(), (batch, *SHAPE[1:]))
+    images = make_images(model, IMAGES)
+    assert len(images) == count
+    walked(model, SyntheticMoments(model, images, 0))

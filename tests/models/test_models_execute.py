@@ -9,6 +9,7 @@ from dfmpc.models.capture import capture_program, export_program
 from dfmpc.models.execute import Executor
 from dfmpc.models.graph import Op
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional
 
 
@@ -29,6 +30,23 @@ class Mixed(nn.Module):
         return self.fc(x.contiguous().view(x.shape[0], -1))
 
 
+class Windows(nn.Module):
+    """Sizes of the batch in views, a token for every image, an axis before the batch, and tensors made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.token = nn.Parameter(torch.ones(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        windows = x.view(x.size(0), 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+        x = functional.softmax(windows, 1).reshape(x.size(0), 64, 8)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1).transpose(0, 1)
+        x = x * torch.arange(8, dtype=x.dtype, device=x.device) + torch.ones(8, device=x.device).to(x.device)
+        return self.fc(x.mean(0))
+
+
 class AcrossTheBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +58,12 @@ class AcrossTheBatch(nn.Module):
 
 def run(module: nn.Module, shape: tuple[int, ...], images: Tensor) -> tuple[Tensor, int]:
     """Execute ``module`` exported for ``shape`` on ``images``; return the output and how many nodes there were."""
-    program = export_program(module.eval(), shape)
+    return execute(export_program(module.eval(), shape), images)
+
+
+def execute(program: ExportedProgram, images: Tensor, device: str = "cpu") -> tuple[Tensor, int]:
     graph = capture_program(program)
-    executor = Executor(program, dict(module.state_dict()), graph)
+    executor = Executor(program, program.state_dict, graph, device)
     values: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op is Op.INPUT:
@@ -77,3 +98,25 @@ def test_a_replaced_tensor_takes_its_place_wherever_it_is_used() -> None:
 def test_an_operation_across_the_batch_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"does not treat its images one by one.*calibrator: analytic"):
         run(AcrossTheBatch(), (1, 4), torch.randn(3, 4))
+
+
+def with_dynamic_batch(module: nn.Module) -> ExportedProgram:
+    return export(module.eval(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: Dim("batch")},), strict=False)
+
+
+@pytest.mark.parametrize("module", [Mixed, Windows])
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_program_with_a_dynamic_batch_runs_on_any_batch(module: type[nn.Module], images: int) -> None:
+    torch.manual_seed(0)
+    network, pictures = module().requires_grad_(False), torch.randn(images, 3, 8, 8)
+    found, _ = execute(with_dynamic_batch(network), pictures)
+    torch.testing.assert_close(found, network(pictures), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_tensors_made_on_the_way_lie_on_the_device_that_is_asked_for(dynamic: bool) -> None:
+    """Meta tensors, like those of a GPU, do not mix with the CPU's."""
+    network = Windows().requires_grad_(False)
+    program = with_dynamic_batch(network) if dynamic else export_program(network.eval(), (4, 3, 8, 8))
+    found, _ = execute(program, torch.zeros(4, 3, 8, 8, device="meta"), "meta")
+    assert (found.device.type, found.shape) == ("meta", (4, 5))
