@@ -63,6 +63,8 @@ def _target(rows: Tensor, assignment: Assignment, steps: Steps, moments: InputMo
         return rows, f"no second moments of its input (or rows longer than {MAX_FEEDBACK}): rounded to nearest"
     if steps.compensate != "least-squares" or not _is_resolved(assignment):
         return rows, ""
+    if moments.cross is None:
+        return rows, "no least squares: only calibrator: synthetic knows the output that is wanted"
     solved = resolve(rows, assignment.layer, moments)
     return (rows, "least squares failed") if solved is None else (solved, "")
 

@@ -81,6 +81,20 @@ def test_the_files_keep_to_a_budget_of_bytes(small: LoadedModel, tmp_path: Path,
     assert choice.bytes - stored < 1_500
 
 
+def test_half_precision_biases_that_are_corrected_are_foretold_in_single_precision(
+    loaded: Loader, tmp_path: Path
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 600, 1), nn.ReLU(), nn.Conv2d(600, 6, 1), nn.ReLU(), nn.Conv2d(6, 1200, 1))
+    model = loaded(network, (1, 3, 4, 4))
+    model = replace(model, state={name: tensor.half() for name, tensor in model.state.items()}, checkpoint_bytes=25_000)
+    sized = plan(recipe="auto", calibrator="analytic", budget={"bytes": 26_000})
+    compressed = compress_model(model, sized)
+    task = Task(id="m/p", model=model.source, plan=sized, layers=[])
+    write_artifact(tmp_path, model=model, compressed=compressed, task=task, key=task_key(task, [], distribution=None))
+    stored = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert stored <= choose_bits(model, sized).bytes <= 26_000
+
+
 def test_the_objective_is_the_sum_of_the_chosen_effects(small: LoadedModel) -> None:
     choice = choose_bits(small, plan(budget={"bits_per_weight": 8.0}))
     effects = [layer.effects[layer.bits.index(choice.bits[layer.name])] for layer in choice.sweep]

@@ -163,6 +163,14 @@ def test_the_note_says_that_least_squares_failed(role: str, monkeypatch: pytest.
     assert torch.equal(found.quantized.codes, without.quantized.codes)
 
 
+def test_the_note_says_that_least_squares_had_no_target() -> None:
+    unknown = InputMoments(known().second)
+    found = rounded("high", steps_of(plan(calibrator="analytic", compensate="least-squares")), unknown)
+    assert found.note == "no least squares: only calibrator: synthetic knows the output that is wanted"
+    without = rounded("high", steps_of(plan(calibrator="analytic")), unknown)
+    assert torch.equal(found.quantized.codes, without.quantized.codes)
+
+
 @pytest.mark.parametrize("role", ["low", "high"])
 def test_the_note_says_why_feedback_fell_back(role: str) -> None:
     indefinite = InputMoments(torch.full((1, 36, 36), float("nan")), known().cross)

@@ -42,10 +42,13 @@ def overhead(model: LoadedModel, plan: DfmpcPlan, assigned: Mapping[str, Assignm
     """Return what ``plan`` stores beside the codes and scales of the layers in ``assigned`` that are not kept."""
     quantized = {name for name, option in assigned.items() if not option.keep}
     pairs = [pair for pair in pairing.pairs if pair.low in quantized and pair.high in quantized]
-    unfolded = {pair.high for pair in pairs if steps_of(plan).compensate == "c" and not _folds(model, pair)}
+    steps = steps_of(plan)
+    unfolded = {pair.high for pair in pairs if steps.compensate == "c" and not _folds(model, pair)}
     factors = sum(_FLOAT * assigned[name].layer.in_channels for name in unfolded)
     replaced = {assigned[name].layer.weight for name in quantized}
     corrected = {name for node in model.graph.nodes if node.norm for name in node.norm.tensors}
+    if steps.correct_biases:
+        corrected |= {layer.bias for layer in model.graph.layers if layer.bias}
     tensors = sum(
         tensor.numel() * (max(_FLOAT, tensor.element_size()) if name in corrected else tensor.element_size())
         for name, tensor in model.state.items()
