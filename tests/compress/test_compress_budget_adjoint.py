@@ -54,11 +54,20 @@ def test_a_grouped_layer_is_the_dense_one_with_zeros(inputs: int, outputs: int, 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("taps", [1, 3])
-def test_a_diagonal_gain_gives_what_its_matrix_gives(taps: int) -> None:
-    values, rows = torch.rand(4) + 0.5, torch.randn(4, 5 * taps)
-    found, expected = (through_layer(gain, rows, layer(4, 5, taps=taps)) for gain in (values, torch.diag(values)))
+def test_a_diagonal_gain_gives_what_its_matrix_gives(taps: int, groups: int) -> None:
+    values, rows, one = torch.rand(4) + 0.5, torch.randn(4, 5 * taps), layer(4, 5 * groups, taps=taps, groups=groups)
+    found, expected = (through_layer(gain, rows, one) for gain in (values, torch.diag(values)))
     torch.testing.assert_close(found, expected)
+
+
+def test_a_classifier_of_very_many_classes_needs_no_matrix_over_them() -> None:
+    classes = 500_000  # their matrix would take 1 TB
+    values, rows = torch.rand(classes), torch.randn(classes, 2)
+    found = through_layer(values, rows, layer(classes, 2))
+    expected = (rows.double().T * values.double()) @ rows.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1.0)
 
 
 def test_too_many_inputs_leave_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
