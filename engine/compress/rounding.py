@@ -64,7 +64,7 @@ def _target(rows: Tensor, assignment: Assignment, steps: Steps, moments: InputMo
     if steps.compensate != "least-squares" or not _is_resolved(assignment):
         return rows, ""
     if moments.cross is None:
-        return rows, "no least squares: only calibrator: synthetic knows the output that is wanted"
+        return rows, "no least squares: the output that is wanted is not known, or at one position an image"
     solved = resolve(rows, assignment.layer, moments)
     return (rows, "least squares failed") if solved is None else (solved, "")
 

@@ -7,6 +7,7 @@ deviation |γ|: most of what separates synthetic images from real ones goes away
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ class SyntheticMoments:
         self._left = Counter(source for node in model.graph.nodes for source in self.original.sources(node))
 
     def input_moments(self, node: Node) -> InputMoments | None:
-        """Return covariances over sampled positions; None where patches of the layer cannot be taken."""
+        """Return covariances over sampled positions; None where patches of the layer cannot be taken.
+
+        Over maps of one position (squeeze and excite) there are too few to tell what the output should be.
+        """
         layer = node.layer
         assert layer is not None
         window = window_of(layer, self.original.arguments(node))
@@ -47,7 +51,8 @@ class SyntheticMoments:
         target = self._original_output(node)
         target = target + self._residual(node, target)
         source = self.quantized_values[self.original.source(node)]
-        return sampled_moments(source, target, layer, window, self.generator)
+        found = sampled_moments(source, target, layer, window, self.generator)
+        return found if prod(node.shape[2:]) > 1 or layer.op is Op.LINEAR else InputMoments(found.second)
 
     def through_layer(self, node: Node, view: LayerView) -> None:
         """Forward both networks, the quantized one with its new weight."""

@@ -166,7 +166,7 @@ def test_the_note_says_that_least_squares_failed(role: str, monkeypatch: pytest.
 def test_the_note_says_that_least_squares_had_no_target() -> None:
     unknown = InputMoments(known().second)
     found = rounded("high", steps_of(plan(calibrator="analytic", compensate="least-squares")), unknown)
-    assert found.note == "no least squares: only calibrator: synthetic knows the output that is wanted"
+    assert found.note == "no least squares: the output that is wanted is not known, or at one position an image"
     without = rounded("high", steps_of(plan(calibrator="analytic")), unknown)
     assert torch.equal(found.quantized.codes, without.quantized.codes)
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dfmpc.compress.compress import compress_model
 from dfmpc.compress.make_calibrator import make_images
 from dfmpc.compress.synthetic import SyntheticMoments
 from dfmpc.compress.walk import Walk
 from dfmpc.compress.work import kept_figures
 from dfmpc.errors import UnsupportedModelError
 from dfmpc.job.calibrators import SyntheticCalibrator
+from dfmpc.job.methods import DfmpcPlan
 from dfmpc.models.graph import Node
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn
@@ -95,3 +97,23 @@ def test_images_come_in_whole_batches_of_the_export(loaded: Loader, batch: int, 
     images = make_images(model, IMAGES)
     assert len(images) == count
     walked(model, SyntheticMoments(model, images, 0))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.low, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.high, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.high(self.bn1(self.low(self.bn0(self.stem(x)).relu())).relu())).relu()
+        return x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def test_convolutions_over_one_position_an_image_are_not_re_solved(loaded: Loader) -> None:
+    plan = DfmpcPlan.model_validate({"name": "p", "method": "dfmpc", "calibrator": IMAGES})
+    found = compress_model(loaded(Gated(), SHAPE), plan).layers
+    told = {item.layer.name for item in found if "at one position an image" in item.reason}
+    assert told == {"squeeze", "excite"}

@@ -135,7 +135,8 @@ def _form(gain: Tensor, weight: Tensor, groups: int) -> Tensor:
     if gain.dim() == 1 and inputs > WIDEST:
         return (blocks.square() * gain.view(groups, -1, 1)).sum(1).flatten()
     if gain.dim() == 1:
-        return torch.block_diag(*(blocks.transpose(1, 2) @ (blocks * gain.view(groups, -1, 1))))
+        own = blocks.transpose(1, 2) @ (blocks * gain.view(groups, -1, 1))
+        return torch.as_tensor(torch.block_diag(*own))  # type: ignore[no-untyped-call]  # bare in torch
     behind = torch.einsum("ahp,hpj->ahj", gain.view(len(gain), groups, -1), blocks).reshape(groups, -1, inputs)
     if inputs > WIDEST and groups == 1:
         return (behind[0] * weight).sum(0)
