@@ -16,7 +16,8 @@ from ..compress.priors import PRIORS_VERSION
 from ..job.calibrators import SyntheticCalibrator
 from ..job.expand import ModelSource, Task
 from ..job.methods import DfmpcPlan
-from ..job.recipes import steps_of
+from ..job.recipes import RECIPES_VERSION, steps_of
+from ..models.pairs import PAIRING_VERSION
 from .manifest import FORMAT_VERSION
 
 KEY_VERSION = 2
@@ -52,6 +53,8 @@ def task_key(
         "key_version": KEY_VERSION,
         "format_version": FORMAT_VERSION,
         "numerics_version": NUMERICS_VERSION,
+        "recipes_version": RECIPES_VERSION,
+        "pairing_version": PAIRING_VERSION,
         "dtypes": DTYPES,
         "source": _source(task.model, digests, distribution),
         # what "auto" stands for may change, and then so do the bytes

@@ -55,6 +55,8 @@ class InputMoments:
     """[groups, K, K]: H = Cov(h, h) in the quantized network."""
     cross: Tensor | None = None
     """[groups, out / groups, K]: Cov(t, h), t the output that the original network wants; None where unknown."""
+    positions: int | None = None
+    """How many positions the covariances were taken over; None where they are not sampled."""
 
 
 class Calibrator(Protocol):

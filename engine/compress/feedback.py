@@ -148,11 +148,17 @@ def _improved(
     length = start.format.length
     if length > MAX_FEEDBACK:
         return replace(start, fallback=f"rows of {length} are longer than error feedback takes ({MAX_FEEDBACK})")
+    factor = _factor(rows, moments, options)
+    return error_feedback(rows, start, factor, sweeps=sweeps, descents=options.descents, refit=refit)
+
+
+def _factor(rows: Tensor, moments: Tensor | Factor, options: FeedbackOptions) -> Factor:
+    """Factorise ``moments`` where they are not yet; ValueError where they do not fit ``rows``."""
     factor = moments if isinstance(moments, Factor) else factorise(moments, options.damp, options.order)
-    if factor.order.shape[1] != length or len(rows) % len(factor.order):
+    if factor.order.shape[1] != rows.shape[1] or len(rows) % len(factor.order):
         shape = tuple(factor.moments.shape)
         raise ValueError(f"second moments of shape {shape} do not fit rows of shape {tuple(rows.shape)}")
-    return error_feedback(rows, start, factor, sweeps=sweeps, descents=options.descents, refit=refit)
+    return factor
 
 
 def ternary_feedback(
@@ -172,7 +178,7 @@ def ternary_feedback(
     sweeps = 2 if options.sweeps is None else options.sweeps
     if layer_wise or start.format.length > MAX_FEEDBACK:
         return _improved(rows, start, moments, options, sweeps=sweeps, refit=True)
-    factor = moments if isinstance(moments, Factor) else factorise(moments, options.damp, options.order)
+    factor = _factor(rows, moments, options)
     tried = _tried(start, options.starts, len(factor.order))
     many = _repeated(rows, len(options.starts), len(factor.order))
     return _best(rows, start, _improved(many, tried, factor, options, sweeps=sweeps, refit=True), factor)

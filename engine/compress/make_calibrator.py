@@ -22,6 +22,8 @@ from .synthetic import SyntheticMoments
 SMALL_IMAGES, LARGE_IMAGES = 256, 64
 """How many images are made where the job does not say: of up to 64 × 64 pixels, and of more."""
 _SMALL = 64 * 64
+_WIDEST_BYTES, _FEWEST_IMAGES = 2**29, 8
+"""Most bytes of one map over all images; both networks hold a few such maps at a time."""
 
 
 def make_calibrator(model: LoadedModel, options: Options, device: str = "cpu") -> Calibrator:
@@ -108,6 +110,13 @@ def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         batch = None if model.program is None else model.input_shape[0]
         return distil(model.module, images.clone(), seed=options.seed, batch=batch)
+
+
+def _default_count(model: LoadedModel) -> int:
+    """How many images the input's size suggests, fewer where the network's widest map would take too much memory."""
+    count = SMALL_IMAGES if prod(model.input_shape[2:]) <= _SMALL else LARGE_IMAGES
+    widest = max(4 * prod(node.shape[1:]) for node in model.graph.nodes)
+    return min(count, max(_FEWEST_IMAGES, _WIDEST_BYTES // max(1, widest)))
 
 
 @lru_cache(maxsize=2)

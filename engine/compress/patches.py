@@ -117,7 +117,7 @@ def _moments(patches: Tensor, target: Tensor, layer: Layer) -> InputMoments:
     second = _gram(grouped) - mean[:, :, None] * mean[:, None, :]
     cross = _contract(wanted, grouped) - wanted_mean[:, :, None] * mean[:, None, :]
     order = torch.arange(taps * inside, device=patches.device).view(taps, inside).t().flatten()
-    return InputMoments(second[:, order][:, :, order], cross[:, :, order])
+    return InputMoments(second[:, order][:, :, order], cross[:, :, order], count)
 
 
 def _depthwise_moments(patches: Tensor, target: Tensor) -> InputMoments:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dfmpc.kernels.formats import Grid, Quantized
+from dfmpc.kernels.packing import unpack
+from dfmpc.kernels.ternary import ternary
 from torch import Tensor
 
 from ..job.recipes import Steps
@@ -13,7 +15,8 @@ from ..models.graph import Op
 from .assign import Assignment
 from .calibrate import InputMoments
 from .encode import encode
-from .feedback import MAX_FEEDBACK, FeedbackOptions, ternary_feedback, uniform_feedback
+from .factorise import factorise
+from .feedback import MAX_FEEDBACK, FeedbackOptions, error_feedback, ternary_feedback, uniform_feedback
 from .least_squares import resolve
 from .quantize import quantize_layer, rows_on
 from .scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
@@ -60,7 +63,9 @@ def _is_plain(assignment: Assignment, steps: Steps) -> bool:
 
 def _target(rows: Tensor, assignment: Assignment, steps: Steps, moments: InputMoments | None) -> tuple[Tensor, str]:
     if moments is None:
-        return rows, f"no second moments of its input (or rows longer than {MAX_FEEDBACK}): rounded to nearest"
+        too_long = assignment.layer.length > MAX_FEEDBACK
+        because = f"rows longer than {MAX_FEEDBACK}" if too_long else "no second moments of its input"
+        return rows, f"{because}: rounded to nearest"
     if steps.compensate != "least-squares" or not _is_resolved(assignment):
         return rows, ""
     if moments.cross is None:
@@ -77,16 +82,25 @@ def _is_resolved(assignment: Assignment) -> bool:
 def _to_nearest(rows: Tensor, assignment: Assignment, steps: Steps) -> Rounded:
     group, whole = assignment.group_size, assignment.layer_wise
     if assignment.grid is Grid.TERNARY:
-        return ternary_optimum(rows, group_size=group, layer_wise=whole)
+        exact = steps.ternary == "exact"
+        return ternary_optimum(rows, group_size=group, layer_wise=whole) if exact else _twn(rows, assignment)
     lowest = None if steps.clip == "mse" else 1.0
     found = clip_search(rows, assignment.bits, assignment.grid, group_size=group, layer_wise=whole, lowest=lowest)
     format = assignment.format
     return Rounded(format, nearest_levels(rows, format, found), found.scale, found.zero_point)
 
 
+def _twn(rows: Tensor, assignment: Assignment) -> Rounded:
+    """TWN's 0.7 rule (arXiv 1605.04711)."""
+    found = ternary(rows, group_size=assignment.group_size, layer_wise=assignment.layer_wise)
+    return Rounded(found.format, unpack(found.codes, 2, found.format.length), found.scale)
+
+
 def _with_feedback(rows: Tensor, moments: InputMoments, assignment: Assignment, steps: Steps) -> Rounded:
     group, whole = assignment.group_size, assignment.layer_wise
     second = moments.second.to(rows.device)
+    if assignment.grid is Grid.TERNARY and steps.ternary == "twn":
+        return error_feedback(rows, _twn(rows, assignment), factorise(second), sweeps=2, refit=True)
     if assignment.grid is Grid.TERNARY:
         return ternary_feedback(rows, second, group_size=group, layer_wise=whole)
     options = FeedbackOptions(clip_search=steps.clip == "mse")

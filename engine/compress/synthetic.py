@@ -23,6 +23,10 @@ RESIDUAL_SHARE = 0.5
 """How much of the error on the other operand of a residual add a branch is asked to make good."""
 _TINY = 1e-3
 """Of |γ|, against the norm's mean |γ|: below it a channel passes no correction on."""
+_ROUNDING = 1e-5
+"""Of eps: batch variances below it are what float32 leaves of zero."""
+_LARGEST_RATIO = 1e4
+"""Of the two networks' variances; beyond it one of them is nothing but rounding."""
 
 
 class SyntheticMoments:
@@ -169,9 +173,13 @@ def _is_ancestor(graph: Graph, name: str, node: Node) -> bool:
 def _restated(
     stored: Statistics, eps: float, mean: Tensor, variance: Tensor, mean_q: Tensor, variance_q: Tensor
 ) -> Statistics:
-    """Return σ² r² and μ + (mean_Q - mean_F) σ / sd_F, with r² = var_Q / var_F; unchanged where F does not vary."""
-    alive = variance > 1e-12 * variance.mean()
+    """Return σ² r² and μ + (mean_Q - mean_F) σ / sd_F, with r² = var_Q / var_F; unchanged where F does not vary.
+
+    A variance far below eps is nothing but rounding.
+    """
+    alive = (variance > 1e-12 * variance.mean()) & (variance > _ROUNDING * eps)
     ratio = torch.where(alive, variance_q / torch.where(alive, variance, 1.0), 1.0)
+    ratio = ratio.clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
     sigma = (stored.variance.clamp_min(0) + eps).sqrt()
     unit = torch.where(alive, sigma / torch.where(alive, variance, 1.0).sqrt(), 0.0)
     return Statistics(stored.mean + (mean_q - mean) * unit, stored.variance * ratio)

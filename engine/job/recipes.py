@@ -8,6 +8,8 @@ from typing import Literal
 from .calibrators import AnalyticCalibrator, Calibrator, NoCalibrator, SyntheticCalibrator
 from .methods import DfmpcPlan
 
+RECIPES_VERSION = 2
+"""Bumped by hand when a constant of a recipe, calibrator, rounding or budget changes bytes; part of every key."""
 Tier = Literal["none", "closed-form", "synthetic"]
 
 

@@ -11,6 +11,8 @@ from .paths import End, bare_ends, behind_depthwise, layer_ends, norm_ends, reac
 HOMOGENEOUS = (Op.RELU, Op.LEAKY_RELU, Op.IDENTITY)
 """Activations f with f(c z) = c f(z) for c >= 0: behind them the coefficient may fold into the norm."""
 
+PAIRING_VERSION = 2
+"""Bumped by hand when any graph gets other pairs; part of every key that depends on pairs."""
 CLASSIFIER_REPAIRS = True
 """Whether a layer that only the classifier reads may be LOW."""
 

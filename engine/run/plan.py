@@ -36,7 +36,7 @@ class PlanRow:
     predicted_bytes: int
     """Of the artifact: an upper estimate, see ``predicted_artifact_bytes``."""
     predicted_memory_bytes: int
-    """Of a worker: 4 times the checkpoint and 600 MB."""
+    """Of a worker, see ``predicted_host_bytes``."""
     finished: bool
     """The artifact is in the store and will be reused."""
 
@@ -108,7 +108,7 @@ def _group_rows(
             task=task.id,
             checkpoint_bytes=size,
             predicted_bytes=predicted_artifact_bytes(task),
-            predicted_memory_bytes=predicted_host_bytes(size),
+            predicted_memory_bytes=predicted_host_bytes(size, [task.plan]),
             finished=key is not None and is_complete(store.artifact_folder(source.name, task.plan.name, key)),
         )
 

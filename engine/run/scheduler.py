@@ -146,14 +146,14 @@ def _refuse_large(
     """Fail the tasks of models that would not fit into ``limit`` bytes; return the other groups."""
     fitting = []
     for group in groups:
-        predicted = predicted_host_bytes(sizes[group[0].id])
+        predicted = predicted_host_bytes(sizes[group[0].id], [task.plan for task in group])
         if limit is None or predicted <= limit:
             fitting.append(group)
             continue
         error = HostMemoryError(
             f"{group[0].model.name} is predicted to need {predicted / _GIB:.2f} GiB of memory "
-            f"(4 x checkpoint + 600 MB), resources.host_memory is {limit / _GIB:.2f} GiB: "
-            "raise it, or leave the model out"
+            "(4 x checkpoint + 600 MB, 2 GB more for recipes that forward images), "
+            f"resources.host_memory is {limit / _GIB:.2f} GiB: raise it, or leave the model out"
         )
         for task in group:
             dispatcher.fail(task, error)

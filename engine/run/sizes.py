@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..job.expand import ModelSource
+from ..job.methods import BitPlan, DfmpcPlan
+from ..job.recipes import steps_of
 
 _PACKAGE = "package://"
 
@@ -48,6 +51,10 @@ def _shards(file: Path) -> list[Path]:
     return [file.parent / name for name in sorted(name for name in names if isinstance(name, str))]
 
 
-def predicted_host_bytes(checkpoint_bytes: int) -> int:
-    """Return the memory that compressing a model takes at most, in bytes: 4 times its checkpoint and 600 MB."""
-    return 4 * checkpoint_bytes + 600_000_000
+def predicted_host_bytes(checkpoint_bytes: int, plans: Iterable[BitPlan] = ()) -> int:
+    """Return the memory that compressing a model takes at most, in bytes.
+
+    4 times its checkpoint and 600 MB; 2 GB more where a plan forwards images or rounds with second moments.
+    """
+    heavy = any(isinstance(plan, DfmpcPlan) and steps_of(plan).factorises for plan in plans)
+    return 4 * checkpoint_bytes + 600_000_000 + (2_000_000_000 if heavy else 0)

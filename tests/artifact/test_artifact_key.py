@@ -9,8 +9,10 @@ from dfmpc.artifact import key as key_module
 from dfmpc.artifact.key import KEY_VERSION, TaskKey, digest_of, evaluation_key, explain, task_key
 from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
+from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.job.schema import LayerRule
 from dfmpc.kernels.formats import NUMERICS_VERSION
+from dfmpc.models.pairs import PAIRING_VERSION
 
 A, B = "a" * 64, "b" * 64
 SOURCE: dict[str, Any] = {
@@ -53,6 +55,8 @@ def test_ingredients_of_a_fixed_task() -> None:
         "key_version": KEY_VERSION,
         "format_version": 1,
         "numerics_version": NUMERICS_VERSION,
+        "recipes_version": RECIPES_VERSION,
+        "pairing_version": PAIRING_VERSION,
         "dtypes": {"weights": "float32", "statistics": "float64", "scales": "float32"},
         "source": {
             "factory": "zoo:make",

@@ -37,7 +37,7 @@ def test_two_inputs_by_hand() -> None:
     """
     layer = Layer("c", "c.weight", None, Op.CONV, (1, 2, 1, 1))
     given = InputMoments(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), torch.tensor([[[3.0, 3.0]]]))
-    found = resolve(torch.tensor([[1.0, 0.0]]), layer, given, damping=0.5)
+    found = resolve(torch.tensor([[1.0, 0.0]]), layer, given, delta=0.5)
     assert found is not None
     torch.testing.assert_close(found, torch.tensor([[1.125, 0.625]]), rtol=1e-7, atol=1e-7)
 
@@ -45,7 +45,7 @@ def test_two_inputs_by_hand() -> None:
 @pytest.mark.parametrize("layer", [DENSE, GROUPED], ids=["dense", "grouped"])
 def test_without_damping_the_residual_is_orthogonal_to_the_inputs(layer: Layer) -> None:
     h, t, weight = drawn(layer)
-    found = resolve(weight, layer, moments(h, t), damping=0.0)
+    found = resolve(weight, layer, moments(h, t), delta=0.0)
     assert found is not None
     residual = t - h @ found.view(layer.groups, -1, layer.length).transpose(1, 2)
     correlation = (residual.transpose(1, 2) @ h / 200).abs().max()
@@ -57,7 +57,7 @@ def test_the_damped_objective_is_least_there(layer: Layer) -> None:
     """E‖t − W h‖² + δ mean(diag H) ‖W − W₀‖² rises in every direction, and its gradient vanishes."""
     h, t, start = drawn(layer)
     given = moments(h, t)
-    found = resolve(start, layer, given, damping=0.1)
+    found = resolve(start, layer, given, delta=0.1)
     assert found is not None
     penalty = 0.1 * given.second.diagonal(dim1=1, dim2=2).mean(1).double()
 
@@ -93,7 +93,7 @@ def test_the_papers_c_is_the_diagonal_case() -> None:
     dot, norm = torch.tensor([0.9, 1.1, 0.7, 1.3]), torch.tensor([1.5, 0.8, 0.9, 2.0])
     c = dot / norm
     cross = weight * dot  # t = Σ w_i x_i, Cov(t, x̂_i) = w_i ⟨x_i, x̂_i⟩
-    found = resolve(weight, layer, InputMoments(torch.diag(norm)[None], cross[None]), damping=0.0)
+    found = resolve(weight, layer, InputMoments(torch.diag(norm)[None], cross[None]), delta=0.0)
     assert found is not None
     torch.testing.assert_close(found, weight * c, rtol=1e-6, atol=1e-6)
 

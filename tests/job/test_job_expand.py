@@ -100,7 +100,7 @@ layers: [{match: conv1, bits: 8}, {match: "fc*", keep: true}]
 
 def test_the_quickstart_has_its_five_plans(project: Path):
     found = expand(load_job(project / "jobs" / "quickstart.yaml"))
-    assert [task.id.split("/")[1] for task in found] == ["dfmpc-4-8", "dfmpc-3-6", "dfmpc-2-6", "rtn-8", "rtn-4"]
+    assert [task.id.split("/")[1] for task in found] == ["dfmpc-4-8", "closed-4-8", "published-4-8", "rtn-8", "rtn-4"]
     preprocess = found[0].model.preprocess
     assert preprocess is not None
     assert preprocess.mean is not None

@@ -76,7 +76,8 @@ def test_a_plan_reads_sizes_and_writes_nothing(bench: Any) -> None:
         ("missing/mp", 0, False),
         ("missing/r4", 0, False),
     ]
-    assert plan.rows[0].predicted_memory_bytes == 4 * size + 600_000_000
+    assert plan.rows[0].predicted_memory_bytes == 4 * size + 2_600_000_000
+    assert plan.rows[1].predicted_memory_bytes == 4 * size + 600_000_000
     assert (plan.totals.tasks, plan.totals.finished, plan.totals.checkpoint_bytes) == (4, 0, size)
     assert plan.totals.free_bytes > 0
     assert len(plan.problems) == 1

@@ -1,0 +1,31 @@
+"""Constants that decide bytes: whoever changes one bumps the version beside it, or old artifacts would be reused."""
+
+from __future__ import annotations
+
+from dfmpc.compress import feedback, least_squares, make_calibrator, patches, scale_search, synthetic
+from dfmpc.compress.priors import PRIORS_VERSION
+from dfmpc.compress.spectral.options import SpectralOptions
+from dfmpc.job.recipes import RECIPES_VERSION
+from dfmpc.models.pairs import PAIRING_VERSION
+
+
+def test_the_constants_of_recipes_version_2() -> None:
+    assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (2, 2, 1)
+    assert (least_squares.DAMPING, least_squares.ENOUGH) == (0.1, 4)
+    assert (patches.SAMPLES, patches.SAMPLES_A_WEIGHT, patches.DEPTHWISE_SAMPLES) == (24_000, 2.5, 6_000)
+    assert synthetic.RESIDUAL_SHARE == 0.5
+    assert (make_calibrator.SMALL_IMAGES, make_calibrator.LARGE_IMAGES) == (256, 64)
+    assert scale_search.CLIPS == 25
+    assert feedback.FeedbackOptions() == feedback.FeedbackOptions(
+        damp=0.01, order="falling", clip_search=True, sweeps=None, starts=(1.0, 0.9, 0.8), descents=1
+    )
+    assert SpectralOptions() == SpectralOptions(
+        side=32, exponent=3.0, colour_correlation=0.93, order=4, reach=2, tau=1.0, contrast=0.1, independence=0.2
+    )
+
+
+def test_damping_grows_where_positions_are_few() -> None:
+    assert (
+        least_squares.damping(100, None) == least_squares.damping(100, 400) == least_squares.damping(100, 10**6) == 0.1
+    )
+    assert least_squares.damping(100, 200) == 0.2
