@@ -100,7 +100,9 @@ def _with_feedback(rows: Tensor, moments: InputMoments, assignment: Assignment, 
     group, whole = assignment.group_size, assignment.layer_wise
     second = moments.second.to(rows.device)
     if assignment.grid is Grid.TERNARY and steps.ternary == "twn":
-        return error_feedback(rows, _twn(rows, assignment), factorise(second), sweeps=2, refit=True)
+        options = FeedbackOptions()
+        factor = factorise(second, options.damp, options.order)
+        return error_feedback(rows, _twn(rows, assignment), factor, sweeps=2, refit=True)
     if assignment.grid is Grid.TERNARY:
         return ternary_feedback(rows, second, group_size=group, layer_wise=whole)
     options = FeedbackOptions(clip_search=steps.clip == "mse")

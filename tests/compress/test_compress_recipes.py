@@ -217,3 +217,15 @@ def test_the_result_says_which_layers_fell_back(loaded: Loader, calibrator: obje
 def test_norm_gives_no_moments_and_every_layer_says_so_where_feedback_was_asked_for(loaded: Loader) -> None:
     found = compress_model(loaded(Odd(), (1, 3, 8, 8)), plan(calibrator="norm", rounding="feedback"))
     assert all("no second moments of its input" in item.reason for item in found.layers)
+
+
+def test_twn_levels_are_twns_where_nothing_corrects_them() -> None:
+    """With uncorrelated inputs feedback has nothing to add: the first sweep is TWN's rule on a re-fitted scale."""
+    identity = InputMoments(torch.eye(36)[None])
+    near = rounded("low", steps_of(plan("published", "analytic")), None)
+    fed = rounded("low", steps_of(plan("auto", "analytic", ternary="twn")), identity)
+    exact = rounded("low", steps_of(plan("auto", "analytic")), identity)
+    assert not torch.equal(near.quantized.codes, exact.quantized.codes)
+    assert torch.allclose(fed.quantized.scale, near.quantized.scale, rtol=0.2)
+    error = [2 * q.dot - q.quantized_norm for q in (near.quantized, fed.quantized)]
+    assert bool((error[1] >= error[0] - 1e-6).all())
