@@ -13,13 +13,14 @@ from torch import Tensor
 from ...errors import NonFiniteError, UnsupportedModelError
 from ...job.neighbours import DfqPlan, NeighbourPlan
 from ...job.schema import LayerRule
-from ...models.graph import Layer, Pair, Pairing
+from ...models.graph import Pairing
 from ...models.load import LoadedModel
 from ...models.pairs import find_pairs
 from ..assign import Assignment, assign
 from ..result import Compressed, QuantizedLayer
 from ..rows import to_rows
 from ..scale_search import spread
+from ..work import partners
 from . import quantize_rows
 from .dfq import dfq
 
@@ -113,17 +114,12 @@ def _layer(
         role=assignment.role,
         granularity=assignment.granularity,
         quantized=quantized,
-        partners=_partners(assignment.layer, pairing.pairs),
+        partners=partners(assignment.layer, pairing.pairs),
         reason=reason,
         norm_shift=norm_shift,
         clipped_fraction=clipped_fraction(rows, quantized),
         seconds=seconds,
     )
-
-
-def _partners(layer: Layer, pairs: Sequence[Pair]) -> tuple[str, ...]:
-    found = [pair.high for pair in pairs if pair.low == layer.name]
-    return tuple(dict.fromkeys(found or [pair.low for pair in pairs if pair.high == layer.name]))
 
 
 def clipped_fraction(rows: Tensor, quantized: Quantized) -> float:
