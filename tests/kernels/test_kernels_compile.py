@@ -38,4 +38,4 @@ def test_all_kernels_compile_for_all_targets_without_a_spill(project: Path, tmp_
     done = compile_kernels(project, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of the compiled kernels spill or need too much shared memory" in done.stdout
-    assert len(done.stdout.splitlines()) == 2 + 13 * 3 * 4
+    assert len(done.stdout.splitlines()) == 2 + 15 * 3 * 4
