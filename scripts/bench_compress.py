@@ -35,7 +35,7 @@ from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
-from dfmpc.run.memory import peak_bytes
+from dfmpc.run.worker.memory import peak_bytes
 from safetensors.torch import save_file
 from torch import nn
 from torchvision_beside_cpu_torch import torchvision_models

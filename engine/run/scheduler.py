@@ -14,16 +14,16 @@ from ..job.loader import LoadedJob
 from ..report.parts import read_models
 from ..report.rows import ModelRow
 from ..report.tables import counted
-from .devices import device_slots
-from .dispatch import Dispatcher
-from .interrupts import Interrupts
 from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
-from .progress import Progress
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
+from .schedule.devices import device_slots
+from .schedule.dispatch import Dispatcher
+from .schedule.interrupts import Interrupts
+from .schedule.progress import Progress
+from .schedule.slots import make_slots
 from .sizes import predicted_host_bytes, source_bytes
-from .slots import make_slots
 from .store import FrozenRun, Store, freeze
 
 _GIB = 2**30

@@ -69,7 +69,7 @@ def test_where_no_worker_can_be_started_every_task_fails_and_the_run_ends(
     def no_process(*_: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("dfmpc.run.slots.WorkerProcess", no_process)
+    monkeypatch.setattr("dfmpc.run.schedule.slots.WorkerProcess", no_process)
     summary = run_job(load_job(bench.job([bench.model("a"), bench.model("b")], PLANS)), RunOptions(progress=False))
     assert summary.exit_code == 3
     assert {row.task: row.error_class for row in summary.rows} == dict.fromkeys(

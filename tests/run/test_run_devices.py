@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
-from dfmpc.run import group
 from dfmpc.run.ledger import Ledger
 from dfmpc.run.messages import TaskOutcome, WorkerSettings
 from dfmpc.run.store import Store, create_run, freeze
+from dfmpc.run.worker import group
 
 
 def _outcome(bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> TaskOutcome:

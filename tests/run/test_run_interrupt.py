@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from dfmpc.job.loader import load_job
-from dfmpc.run.progress import Progress
+from dfmpc.run.schedule.progress import Progress
 from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from dfmpc.run import progress
-from dfmpc.run.process import describe_exit
-from dfmpc.run.progress import Progress
+from dfmpc.run.schedule import progress
+from dfmpc.run.schedule.process import describe_exit
+from dfmpc.run.schedule.progress import Progress
 
 MIB = 2**20
 

@@ -9,15 +9,16 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from .messages import RunGroup, Started, WorkerSettings
+from ..messages import RunGroup, Started, WorkerSettings
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 70
 """Exit code of a worker whose scheduler is gone."""
 
 
-def main(line: int) -> None:
-    """Serve the scheduler at the other end of the socket ``line`` (a file descriptor)."""
+def main() -> None:
+    """Serve the scheduler at the other end of the socket whose file descriptor is the first argument."""
+    line = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler decides what Ctrl-C means
     os.set_inheritable(line, False)
     connection = Connection(line)
@@ -33,9 +34,9 @@ def main(line: int) -> None:
 def _serve(connection: Connection, settings: WorkerSettings) -> None:
     import torch  # noqa: PLC0415 - after the process is tied to its parent: this takes seconds
 
+    from ..ledger import Ledger  # noqa: PLC0415 - the same
+    from ..store import RunFolder  # noqa: PLC0415 - the same
     from .group import GroupContext, run_group  # noqa: PLC0415 - the same
-    from .ledger import Ledger  # noqa: PLC0415 - the same
-    from .store import RunFolder  # noqa: PLC0415 - the same
 
     torch.set_num_threads(settings.threads)
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would bound every logit SQNR, and a CPU has 23

@@ -15,11 +15,9 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 
-from .messages import Message, RunGroup, WorkerSettings
+from ..messages import Message, RunGroup, WorkerSettings
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dfmpc.run.worker import main; main(int(sys.argv[1]))"
-)
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dfmpc.run.worker.main import main; main()"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SPIN = "GOMP_SPINCOUNT"
 """How long an idle OpenMP thread spins before it sleeps. The default (300,000) makes every small operation wait for a

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 _NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _NAME = re.compile(r"cpu|cuda(:\d+)?")

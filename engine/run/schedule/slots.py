@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..job.expand import Task
-from .messages import RunGroup, Started, WorkerSettings
+from ...job.expand import Task
+from ..messages import RunGroup, Started, WorkerSettings
 from .process import WorkerProcess
 
 BOOT_S = 120.0

@@ -10,29 +10,29 @@ from datetime import UTC, datetime
 
 import torch
 
-from ..artifact.commit import commit, discard, new_attempt
-from ..artifact.key import TaskKey
-from ..artifact.loader import load
-from ..artifact.manifest import Manifest, damage, read_manifest
-from ..artifact.writer import write_artifact
-from ..compress.compress import compress_model
-from ..compress.result import Compressed
-from ..errors import DeviceError, DfmpcError, StorageError
-from ..evaluate.gates import check_gates
-from ..evaluate.scores import evaluate_artifact
-from ..evaluate.settings import settings_for
-from ..job.expand import Task
-from ..models.factory import AllowList
-from ..report.parts import write_part
-from ..report.rows import LayerRow, ModelRow
+from ...artifact.commit import commit, discard, new_attempt
+from ...artifact.key import TaskKey
+from ...artifact.loader import load
+from ...artifact.manifest import Manifest, damage, read_manifest
+from ...artifact.writer import write_artifact
+from ...compress.compress import compress_model
+from ...compress.result import Compressed
+from ...errors import DeviceError, DfmpcError, StorageError
+from ...evaluate.gates import check_gates
+from ...evaluate.scores import evaluate_artifact
+from ...evaluate.settings import settings_for
+from ...job.expand import Task
+from ...models.factory import AllowList
+from ...report.parts import write_part
+from ...report.rows import LayerRow, ModelRow
+from ..ledger import Event, Kind, Ledger
+from ..messages import Started, TaskOutcome, WorkerSettings
+from ..outcome import bare_row, failed, layer_rows, with_manifest, with_scores
+from ..shared import SharedModel
+from ..store import RunFolder, Store
 from .attempt_log import attempt_log, log_traceback
 from .explain import why_not_reused
-from .ledger import Event, Kind, Ledger
 from .memory import peak_bytes, reset_peak
-from .messages import Started, TaskOutcome, WorkerSettings
-from .outcome import bare_row, failed, layer_rows, with_manifest, with_scores
-from .shared import SharedModel
-from .store import RunFolder, Store
 
 
 @dataclass(frozen=True)

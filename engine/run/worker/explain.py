@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..artifact.key import TaskKey, explain
-from ..artifact.manifest import MANIFEST, Manifest, damage, read_manifest
-from ..errors import ArtifactError
+from ...artifact.key import TaskKey, explain
+from ...artifact.manifest import MANIFEST, Manifest, damage, read_manifest
+from ...errors import ArtifactError
 
 
 def why_not_reused(folder: Path, key: TaskKey) -> str:

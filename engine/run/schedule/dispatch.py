@@ -10,18 +10,18 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 
-from ..errors import DfmpcError, StorageError, TaskTimeoutError, WorkerDiedError
-from ..job.expand import Task
-from ..report.parts import write_part
-from ..report.rows import ModelRow
+from ...errors import DfmpcError, StorageError, TaskTimeoutError, WorkerDiedError
+from ...job.expand import Task
+from ...report.parts import write_part
+from ...report.rows import ModelRow
+from ..ledger import Event, Kind, Ledger, fold
+from ..messages import Started, TaskOutcome
+from ..outcome import bare_row, failed
+from ..store import RunFolder
 from .interrupts import Interrupts
-from .ledger import Event, Kind, Ledger, fold
-from .messages import Started, TaskOutcome
-from .outcome import bare_row, failed
 from .process import STOP_S
 from .progress import Progress
 from .slots import Slot
-from .store import RunFolder
 
 EXIT_GRACE_S = 2.0
 """How long a worker whose line broke may take to end by itself, so that its exit code is known."""
