@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # formats are read where nothing is computed, and torch takes seconds to import
+    from torch import Tensor
 
 NUMERICS_VERSION = 1
 """Bumped by hand whenever any kernel's or reference's output bytes change; part of every task's key."""
