@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..compress.compress import describe_plan
 from ..compress.result import Coefficients, Compressed, QuantizedLayer
 from ..job.expand import Task
+from ..job.recipes import describe_plan
 from ..models.load import LoadedModel
 from .key import TaskKey
 from .manifest import FORMAT_VERSION, PROGRAM, CoefficientEntry, FileEntry, LayerEntry, Manifest, SourceEntry

@@ -6,23 +6,28 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 from dfmpc.kernels.formats import NUMERICS_VERSION
 from pydantic import JsonValue
 
-from ..compress.compress import describe_plan
-from ..compress.priors import PRIORS_VERSION
-from ..job.calibrators import SyntheticCalibrator
+from ..job.calibrators import PRIORS_VERSION, SyntheticCalibrator
 from ..job.expand import ModelSource, Task
 from ..job.methods import DfmpcPlan
-from ..job.recipes import RECIPES_VERSION, steps_of
+from ..job.recipes import RECIPES_VERSION, describe_plan, steps_of
 from ..models.pairs import PAIRING_VERSION
 from .manifest import FORMAT_VERSION
 
 KEY_VERSION = 2
 EVALUATION_VERSION = 1
 DTYPES: dict[str, JsonValue] = {"weights": "float32", "statistics": "float64", "scales": "float32"}
+
+
+@cache
+def torch_version() -> str:
+    """Return the installed torch's version without importing it; looked up once, since that reads the disk."""
+    return version("torch")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def _source(source: ModelSource, digests: Sequence[str], distribution: str | Non
     role = "program" if source.program else "checkpoint"
     inputs: list[JsonValue] = [{"role": role, "digest": digest} for digest in digests]
     # the graph that lies in the artifact is written by torch, each version in its own way
-    writer = version("torch") if source.program else None
+    writer = torch_version() if source.program else None
     return {**fields, "distribution": distribution, "inputs": inputs, "torch": writer}
 
 
@@ -96,7 +101,7 @@ def _calibrator(task: Task) -> JsonValue:
 def _numerics(task: Task, device: str, threads: int) -> JsonValue:
     if not (isinstance(task.plan, DfmpcPlan) and steps_of(task.plan).factorises):
         return None
-    return {"device": device.partition(":")[0], "threads": threads, "torch": version("torch")}
+    return {"device": device.partition(":")[0], "threads": threads, "torch": torch_version()}
 
 
 def evaluation_key(artifact_key: str, settings: Mapping[str, JsonValue], data_digest: str | None) -> str:

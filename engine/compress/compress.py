@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,28 +27,6 @@ from .result import Compressed
 from .rounding import RoundedLayer, round_layer
 from .walk import Lambdas, LayerFigures, Walk, WalkResult
 from .work import LayerWork, Moments, kept_figures, partners
-
-
-@dataclass(frozen=True)
-class PlanDescription:
-    """How reports name a bit-plan."""
-
-    method: str
-    recipe: str
-    tier: str
-    """none (no statistics are re-estimated), closed-form (they are, without images) or synthetic (from images made
-    from no data)."""
-    calibrator: str
-
-
-def describe_plan(plan: BitPlan) -> PlanDescription:
-    """Return method, resolved recipe, tier and calibrator of ``plan``."""
-    if isinstance(plan, RtnPlan):
-        return PlanDescription("rtn", "", "none", "none")
-    if isinstance(plan, NeighbourPlan):
-        return PlanDescription(plan.method, "", plan.tier, plan.calibrator)
-    steps = steps_of(plan)
-    return PlanDescription("dfmpc", steps.name, steps.tier, steps.calibrator.name)
 
 
 def compress_model(

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from .fields import Strict
 
+PRIORS_VERSION = 1
+"""Bumped by hand when the bytes of the images of compress/priors change; part of the key of all computed from them."""
+
 
 class NoCalibrator(Strict):
     """BatchNorm statistics stay as they are."""

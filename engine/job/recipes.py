@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .calibrators import AnalyticCalibrator, Calibrator, NoCalibrator, SyntheticCalibrator
-from .methods import DfmpcPlan
+from .methods import BitPlan, DfmpcPlan, RtnPlan
+from .neighbours import NeighbourPlan
 
 RECIPES_VERSION = 2
 """Bumped by hand when a constant of a recipe, calibrator, rounding or budget changes bytes; part of every key."""
@@ -93,3 +94,25 @@ def _with_moments(calibrator: Calibrator, moments: Literal["channel", "spectral"
     if isinstance(calibrator, AnalyticCalibrator) and calibrator.moments is None:
         return calibrator.model_copy(update={"moments": moments})
     return calibrator
+
+
+@dataclass(frozen=True)
+class PlanDescription:
+    """How reports name a bit-plan."""
+
+    method: str
+    recipe: str
+    tier: str
+    """none (no statistics are re-estimated), closed-form (they are, without images) or synthetic (from images made
+    from no data)."""
+    calibrator: str
+
+
+def describe_plan(plan: BitPlan) -> PlanDescription:
+    """Return method, resolved recipe, tier and calibrator of ``plan``."""
+    if isinstance(plan, RtnPlan):
+        return PlanDescription("rtn", "", "none", "none")
+    if isinstance(plan, NeighbourPlan):
+        return PlanDescription(plan.method, "", plan.tier, plan.calibrator)
+    steps = steps_of(plan)
+    return PlanDescription("dfmpc", steps.name, steps.tier, steps.calibrator.name)

@@ -158,7 +158,7 @@ def test_what_enters_the_key_of_the_synthetic_tier(other: dict[str, Any]) -> Non
 
 def test_versions_of_torch_and_of_the_images_enter_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of(plan=SYNTHETIC)
-    monkeypatch.setattr(key_module, "version", lambda _: "0.0.0")
+    monkeypatch.setattr(key_module, "torch_version", lambda: "0.0.0")
     assert explain(before.ingredients, key_of(plan=SYNTHETIC).ingredients).startswith("numerics.torch: ")
     monkeypatch.undo()
     monkeypatch.setattr(key_module, "PRIORS_VERSION", 999)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dfmpc.compress import feedback, least_squares, make_calibrator, patches, scale_search, synthetic
-from dfmpc.compress.priors import PRIORS_VERSION
 from dfmpc.compress.spectral.options import SpectralOptions
+from dfmpc.job.calibrators import PRIORS_VERSION
 from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.models.pairs import PAIRING_VERSION
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dfmpc.compress.compress import compress_model, describe_plan
+from dfmpc.compress.compress import compress_model
 from dfmpc.compress.result import Compressed, QuantizedLayer
 from dfmpc.compress.rows import to_rows
 from dfmpc.errors import NonFiniteError, UnsupportedModelError
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
+from dfmpc.job.recipes import describe_plan
 from dfmpc.job.schema import LayerRule
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn

@@ -10,12 +10,12 @@ import torch
 from dfmpc.compress import rounding
 from dfmpc.compress.assign import Assignment
 from dfmpc.compress.calibrate import InputMoments
-from dfmpc.compress.compress import compress_model, describe_plan
+from dfmpc.compress.compress import compress_model
 from dfmpc.compress.result import Compressed
 from dfmpc.compress.rounding import RoundedLayer, round_layer
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
 from dfmpc.job.neighbours import OmsePlan
-from dfmpc.job.recipes import Steps, steps_of
+from dfmpc.job.recipes import Steps, describe_plan, steps_of
 from dfmpc.kernels.formats import Grid
 from dfmpc.models.graph import Layer, Op
 from dfmpc.models.load import LoadedModel

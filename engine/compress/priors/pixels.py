@@ -1,4 +1,7 @@
-"""Sets of images made from no data: seeded pixels, and the normalisation that a network expects."""
+"""Sets of images made from no data: seeded pixels, and the normalisation that a network expects.
+
+When their bytes change, so must PRIORS_VERSION of job/calibrators.py, which enters the keys.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from .fractal import fractal_pixels
 from .leaves import leaves_pixels
 from .noise import noise_pixels
 
-PRIORS_VERSION = 1
-"""Enters the key of everything computed from these images: bumped when their bytes change."""
 PIXEL_PRIORS: dict[str, Callable[[int, tuple[int, int, int], torch.Generator], Tensor]] = {
     "noise": noise_pixels,
     "leaves": leaves_pixels,
