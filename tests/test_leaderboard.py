@@ -18,8 +18,9 @@ from dfmpc.job.loader import load_job
 from dfmpc.job.schema import Job
 from dfmpc.report.parts import write_part
 from dfmpc.report.rows import ModelRow
+from dfmpc.run.claims import start_run
 from dfmpc.run.outcome import bare_row, failed
-from dfmpc.run.store import RunFolder, Store, create_run, freeze
+from dfmpc.run.store import RunFolder, Store, freeze
 
 PLANS: list[dict[str, object]] = [
     {"name": "rtn.4-4", "method": "rtn", "bits": 4},
@@ -44,7 +45,7 @@ def new_run(bench: Any) -> RunFolder:
     loaded = load_job(bench.job([bench.model("net")], PLANS))
     store = Store(loaded.store)
     store.prepare()
-    return create_run(store, freeze(loaded, expand(loaded)))
+    return start_run(store, freeze(loaded, expand(loaded))).run
 
 
 def finished(run: RunFolder, number: int, status: str) -> ModelRow:

@@ -9,10 +9,11 @@ from dfmpc import cli
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.report.parts import write_part
+from dfmpc.run.claims import start_run
 from dfmpc.run.ledger import Event, Kind, Ledger
 from dfmpc.run.outcome import bare_row
 from dfmpc.run.scheduler import RunSummary
-from dfmpc.run.store import RunFolder, Store, create_run, freeze
+from dfmpc.run.store import RunFolder, Store, freeze
 from dfmpc.show import run_text
 from typer.testing import CliRunner, Result
 
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> RunFolder:
     loaded = load_job(file)
     store = Store(loaded.store)
     store.prepare()
-    made = create_run(store, freeze(loaded, expand(loaded)))
+    made = start_run(store, freeze(loaded, expand(loaded))).run
     ledger, (_, second, third) = Ledger(made), made.frozen().tasks
     for task, status in ((third, "done"), (second, "interrupted")):
         ledger.append(Event(Kind.TASK_STARTED, task=task.id, attempt="a1"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UsageError
 from ..job.expand import Task
 from ..report.parts import read_models
 from ..report.rows import ModelRow
+from .claims import FIRST, start_run
 from .ledger import TaskState, fold
-from .store import FrozenRun, RunFolder, Store, create_run, same_list
+from .store import FrozenRun, RunFolder, Store, same_list
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,30 @@ class JoinedRun:
     run: RunFolder
     open_tasks: tuple[Task, ...]
     resumed: bool
+    """False where this process made the run."""
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    """Size of each model's input files by its name, as the run has them frozen: the same for everybody who joins."""
 
 
 def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = False) -> JoinedRun:
-    """Join the newest unfinished run of the same list, else start one.
+    """Join the newest unfinished run of the same list, else start one: exactly one, whoever else does so now.
 
-    With ``retry_failed`` the newest run of the list is joined even if it is finished, where it has failed tasks.
-    Failed tasks of a joined run are open only then.
+    A run is unfinished while any task of its list is open, whichever shard the task belongs to. With ``retry_failed``
+    the newest run of the list is joined even if it is finished, where it has failed tasks. Failed tasks of a joined
+    run are open only then. Raises UsageError where the file system has no hard links, StorageError where it cannot be
+    written.
     """
-    for run in same_list(store, frozen)[:1]:
-        open_tasks = _left_over(run, frozen, retry_failed)
-        if open_tasks:
-            return JoinedRun(run, open_tasks, resumed=True)
-    return JoinedRun(create_run(store, frozen), tuple(frozen.tasks), resumed=False)
+    newest = next(iter(same_list(store, frozen)), None)
+    if newest is not None and (open_tasks := _left_over(newest, frozen, retry_failed)):
+        return _joined(newest, open_tasks)
+    started = start_run(store, frozen, after=newest.run_id if newest else FIRST)
+    if started.made:
+        return JoinedRun(started.run, tuple(frozen.tasks), resumed=False, bytes=frozen.bytes)
+    return _joined(started.run, _left_over(started.run, frozen, retry_failed))
+
+
+def _joined(run: RunFolder, open_tasks: tuple[Task, ...]) -> JoinedRun:
+    return JoinedRun(run, open_tasks, resumed=True, bytes=run.frozen().bytes)
 
 
 def _left_over(run: RunFolder, frozen: FrozenRun, retry_failed: bool) -> tuple[Task, ...]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from ..errors import StorageError, UsageError
+from ..errors import UsageError
 from ..job.expand import Task
 from ..job.fields import Strict
 from ..job.loader import LoadedJob
 from ..job.schema import Evaluate, Gates, Resources
+from .sizes import source_bytes
 
 
 class FrozenRun(Strict):
@@ -33,11 +30,12 @@ class FrozenRun(Strict):
     resources: Resources
     seed: int
     tasks: list[Task]
+    bytes: dict[str, int] = Field(default={}, description="Bytes of input by model, at the start.")
 
     @property
     def digest(self) -> str:
-        """Sha256 hex of the frozen list without resources, which may be raised to resume."""
-        content = self.model_dump(mode="json", exclude={"resources"})
+        """Sha256 hex of the frozen list without sizes, and without resources, which may be raised to resume."""
+        content = self.model_dump(mode="json", exclude={"resources", "bytes"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -112,8 +110,13 @@ class Store:
         return self.root / "runs"
 
     @property
+    def claims(self) -> Path:
+        """The names that decide which run follows which; see claims.py."""
+        return self.runs / ".claims"
+
+    @property
     def attempts(self) -> Path:
-        """Artifacts that are being written."""
+        """Artifacts and runs that are being written."""
         return self.root / ".attempts"
 
     def artifact_folder(self, model: str, plan: str, key: str) -> Path:
@@ -129,7 +132,7 @@ class Store:
     def prepare(self) -> None:
         """Make the folders and prove by a file that they can be written; UsageError otherwise."""
         try:
-            for folder in (self.artifacts, self.evaluations, self.runs, self.attempts):
+            for folder in (self.artifacts, self.evaluations, self.claims, self.attempts):
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder) as probe:
                     probe.write(b"dfmpc")
@@ -152,37 +155,19 @@ def freeze(loaded: LoadedJob, tasks: Sequence[Task]) -> FrozenRun:
         resources=job.resources,
         seed=job.seed,
         tasks=list(tasks),
+        bytes={name: source_bytes(source) for name, source in {task.model.name: task.model for task in tasks}.items()},
     )
-
-
-def create_run(store: Store, frozen: FrozenRun) -> RunFolder:
-    """Make a run's folder with its frozen list; it appears complete or not at all. StorageError where that fails."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-    target = store.runs / f"{stamp}-{frozen.digest[:8]}"
-    draft = store.runs / f".new-{uuid.uuid4().hex}"
-    try:
-        (draft / "ledger").mkdir(parents=True)
-        with open(draft / "tasks.json", "w", encoding="utf-8") as file:
-            file.write(frozen.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(target)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise StorageError(
-            f"{target} cannot be made ({error.strerror}): free space or choose another --output"
-        ) from error
-    return RunFolder(target)
 
 
 def same_list(store: Store, frozen: FrozenRun) -> list[RunFolder]:
     """Return the runs of the same frozen list, newest first; one that cannot be read is none."""
     suffix = f"-{frozen.digest[:8]}"
     named = [run for run in reversed(store.run_folders()) if run.run_id.endswith(suffix)]
-    return [run for run in named if _digest_of(run) == frozen.digest]
+    return [run for run in named if digest_of(run) == frozen.digest]
 
 
-def _digest_of(run: RunFolder) -> str | None:
+def digest_of(run: RunFolder) -> str | None:
+    """Return the digest of a run's frozen list, None where that cannot be read."""
     try:
         return run.frozen().digest
     except UsageError:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.run.claims import start_run
 from dfmpc.run.ledger import Ledger
 from dfmpc.run.messages import TaskOutcome, WorkerSettings
-from dfmpc.run.store import Store, create_run, freeze
+from dfmpc.run.store import Store, freeze
 from dfmpc.run.worker import group
 
 
@@ -22,7 +23,7 @@ def _outcome(bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> T
     loaded = load_job(bench.job([bench.model("net")], [{"name": "r4", "method": "rtn", "bits": 4}]))
     tasks, store = expand(loaded), Store(loaded.store)
     store.prepare()
-    run = create_run(store, freeze(loaded, tasks))
+    run = start_run(store, freeze(loaded, tasks)).run
     settings = WorkerSettings(run.path, "cpu", 1, (), None, loaded.job.gates, 0, 0)
     (outcome,) = group.run_group(tasks, group.GroupContext(settings, Ledger(run), lambda _: None))
     return outcome

@@ -78,7 +78,7 @@ def test_an_interrupted_command_exits_75_and_resumes(bench: Any, number: signal.
     after = {row["task"]: row for row in json.loads(out)["models"]}
     assert {row["status"] for row in after.values()} == {"done"}
     assert after["first/r4"] == before["first/r4"]
-    assert [run.name for run in (bench.store / "runs").iterdir()] == [status.run.name]
+    assert [run.name for run in (bench.store / "runs").glob("[!.]*")] == [status.run.name]
 
 
 def test_a_signal_after_the_last_task_interrupts_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

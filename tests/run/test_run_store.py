@@ -10,8 +10,9 @@ import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import LoadedJob, load_job
+from dfmpc.run.claims import start_run
 from dfmpc.run.resume import create_or_join_run
-from dfmpc.run.store import RunFolder, Store, create_run, find_run, freeze, same_list
+from dfmpc.run.store import RunFolder, Store, find_run, freeze, same_list
 
 KEY = "0123456789abcdef" * 4
 
@@ -36,7 +37,7 @@ def _new_run(folder: Path, seed: int = 0) -> RunFolder:
     loaded = _job(folder, seed=seed)
     store = Store(loaded.store)
     store.prepare()
-    return create_run(store, freeze(loaded, expand(loaded)))
+    return start_run(store, freeze(loaded, expand(loaded))).run
 
 
 def test_names_of_artifacts_and_logs(tmp_path: Path) -> None:
@@ -57,7 +58,8 @@ def test_a_run_is_named_by_time_and_list_and_reads_back_what_was_frozen(tmp_path
     assert content["format_version"] == 1
     assert [task["id"] for task in content["tasks"]] == ["a/r4", "b/r4"]
     assert content["tasks"][0]["model"]["program"] == str(tmp_path / "a.pt2")
-    assert [path.name for path in run.path.parent.iterdir()] == [run.run_id]
+    assert sorted(path.name for path in run.path.parent.iterdir()) == [".claims", run.run_id]
+    assert list(run.store.attempts.iterdir()) == []
 
 
 def test_resources_do_not_change_the_list_but_the_seed_does(tmp_path: Path) -> None:
