@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..job.schema import Gates
-from .scores import Scores
+from .cache import Scores
 
 GateStatus = Literal["pass", "fail", "none"]
 

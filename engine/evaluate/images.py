@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..job.schema import Preprocess
+from .data_file import stat_data
 
 CACHED_BYTES = 256 * 2**20
 """Decoded pixels are kept up to this size, because many tasks look at the same images."""
@@ -83,14 +83,6 @@ class ImageSet:
         # A bytearray, since torch warns of memory that it must not write to.
         flat = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
         return flat.reshape(fitted.height, fitted.width, 3).permute(2, 0, 1)
-
-
-def stat_data(path: Path) -> os.stat_result:
-    """Return the state of an image file; raises DataError where it cannot be read."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check evaluate.data") from error
 
 
 def read_images(path: Path, limit: int | None = None, hold_out: int | None = None) -> ImageSet:

@@ -1,4 +1,7 @@
-"""Images made from nothing: seeded 1/f noise, every image with a slope, contrast, brightness and colour of its own."""
+"""Images made from nothing: seeded 1/f noise, every image with a slope, contrast, brightness and colour of its own.
+
+When they change, so must NOISE_VERSION of settings.py, which enters the keys.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from torch import Tensor
 from ..compress.priors.noise import one_over_f
 from ..errors import DataError
 
-NOISE_VERSION = 2
-"""Enters the key of every evaluation on noise: bumped when the images change."""
 SLOPES = (1.0, 2.5)
 """Amplitude falls as 1/f to a power drawn from this range; photographs lie in its middle."""
 CONTRASTS = (0.1, 0.4)

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..artifact.key import evaluation_key
 from ..artifact.storage import write_atomically
-from ..errors import DataError, StorageError
-from ..models.digest import tree_digest
+from ..errors import DataError
 from . import metrics
+from .cache import EvaluationCache, Scores
 from .forward import logits
-from .images import ImageSet, batches, read_images, stat_data
+from .images import ImageSet, batches, read_images
 from .noise import noise_images
 from .settings import EvaluationSettings
-
-FORMAT_VERSION = 1
-"""Of the cached files: bumped when a figure would come out differently; part of every evaluation's key."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The original network (before) and its compressed form (after) on the same images."""
-
-    agreement: float
-    """Fraction of the images, 0-1, that both put into the same class."""
-    logit_sqnr_db: float | None
-    """dB; None where the logits are equal (infinite)."""
-    images: int
-    measured_on: Literal["images", "noise"]
-    top1_before: float | None = None
-    """Per cent, like the next three; None without labels."""
-    top1_after: float | None = None
-    top5_before: float | None = None
-    """None also where the job did not ask for top5 and where there are not more than five classes."""
-    top5_after: float | None = None
 
 
 def evaluate_artifact(
@@ -67,19 +40,14 @@ def evaluate_artifact(
     Raises DataError where the images cannot be used, NonFiniteError where a network gives NaN or Inf,
     UnsupportedModelError where it gives no logits, StorageError where the cache cannot be written.
     """
-    folder, digest = store / "evaluations", _data_digest(settings)
-    ingredients = settings.ingredients() | {"format_version": FORMAT_VERSION}
-    file = folder / f"{evaluation_key(artifact_key, ingredients, digest)}.json"
-    scores = _cached_scores(file)
-    if scores is None:
-        images = None if settings.data is None else read_images(settings.data, settings.limit, settings.hold_out)
-        # Logits of a CPU and of a GPU differ in their last bits, which the ratio to the original must not see.
-        original_key = evaluation_key(model_key, ingredients | {"device": torch.device(device).type}, digest)
-        before = _original_logits(folder / f"{original_key}.safetensors", original, settings, images, device)
-        after = logits(artifact(), _batches(settings, images), device, name="the compressed network")
-        scores = _compare(before, after, settings, images)
-        write_atomically(file, (json.dumps(asdict(scores), sort_keys=True, indent=1) + "\n").encode())
-    return scores if settings.top5 else replace(scores, top5_before=None, top5_after=None)
+    cache = EvaluationCache(store, settings)
+    scores = cache.scores(artifact_key)
+    if scores is not None:
+        return scores
+    images = None if settings.data is None else read_images(settings.data, settings.limit, settings.hold_out)
+    before = _original_logits(cache.logits_file(model_key, device), original, settings, images, device)
+    after = logits(artifact(), _batches(settings, images), device, name="the compressed network")
+    return cache.keep(artifact_key, _compare(before, after, settings, images))
 
 
 def _compare(before: Tensor, after: Tensor, settings: EvaluationSettings, images: ImageSet | None) -> Scores:
@@ -137,30 +105,6 @@ def _noise(settings: EvaluationSettings) -> Tensor:
     # A job's mean and std speak of three colours: another input gets standardised noise.
     mean, std = (chosen.mean, chosen.std) if settings.shape[0] == 3 else (None, None)
     return noise_images(settings.noise_count, settings.shape, settings.seed, mean, std)
-
-
-def _data_digest(settings: EvaluationSettings) -> str:
-    if settings.data is None:
-        return hashlib.sha256(b"noise").hexdigest()
-    state = stat_data(settings.data)
-    return _digest(settings.data, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=8)
-def _digest(path: Path, _mtime: int, _size: int) -> str:
-    return tree_digest(path)
-
-
-def _cached_scores(file: Path) -> Scores | None:
-    """Return what ``file`` holds; a file that is absent or no such record is made anew."""
-    try:
-        return Scores(**json.loads(file.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):
-        return None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read ({error.strerror}): check the store's rights") from error
 
 
 def _cached_logits(file: Path) -> Tensor | None:

@@ -6,26 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from .. import __version__
+from ..artifact.key import torch_version
+from ..artifact.manifest import LayerEntry, Manifest
+from ..evaluate.cache import Scores
+from ..evaluate.gates import GateResult
 from ..job.expand import Task
 from ..report.rows import LayerRow, ModelRow
 from .store import RunFolder
-
-if TYPE_CHECKING:  # these need torch, which the scheduler does without
-    from ..artifact.manifest import LayerEntry, Manifest
-    from ..evaluate.gates import GateResult
-    from ..evaluate.scores import Scores
-
-
-@cache
-def torch_version() -> str:
-    """Return the installed torch's version without importing it."""
-    return metadata.version("torch")
 
 
 def bare_row(

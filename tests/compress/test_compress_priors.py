@@ -8,7 +8,8 @@ from dfmpc.compress.priors import PIXEL_PRIORS, distil, image_shape, mismatch, n
 from dfmpc.compress.priors import distilled as distilled_module
 from dfmpc.compress.priors import noise as noise_module
 from dfmpc.errors import DataError, NonFiniteError, UnsupportedModelError, UsageError
-from dfmpc.evaluate.noise import NOISE_VERSION, noise_images
+from dfmpc.evaluate.noise import noise_images
+from dfmpc.evaluate.settings import NOISE_VERSION
 from dfmpc.job.expand import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model

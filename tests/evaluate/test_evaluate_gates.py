@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from dfmpc.evaluate.cache import Scores
 from dfmpc.evaluate.gates import check_gates
-from dfmpc.evaluate.scores import Scores
 from dfmpc.job.schema import Gates
 
 LABELLED = Scores(0.9, 20.0, 10, "images", top1_before=91.5, top1_after=88.0)

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from dfmpc.errors import DataError, NonFiniteError, StorageError
+from dfmpc.evaluate import data_file
+from dfmpc.evaluate.cache import Scores, cached_scores
 from dfmpc.evaluate.forward import logits
 from dfmpc.evaluate.images import batches, read_images
 from dfmpc.evaluate.metrics import top_k
 from dfmpc.evaluate.noise import noise_images
-from dfmpc.evaluate.scores import Scores, evaluate_artifact
+from dfmpc.evaluate.scores import evaluate_artifact
 from dfmpc.evaluate.settings import EvaluationSettings, settings_for
 from dfmpc.job.expand import ModelSource
 from dfmpc.job.schema import Evaluate, Preprocess
+from dfmpc.models.digest import tree_digest
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -129,6 +134,31 @@ def test_the_cache_holds_scores_and_logits_and_no_leftovers(tmp_path, data):
     assert [file.suffix for file in files] == [".json", ".safetensors"]
     assert Scores(**json.loads(files[0].read_text())) == scores
     assert load_file(files[1])["logits"].shape == (20, CLASSES)
+
+
+def test_cached_scores_are_those_of_the_evaluation(tmp_path, data):
+    assert cached_scores(tmp_path, settings(data), "a" * 64) is None
+    scores = evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(data))
+    assert cached_scores(tmp_path, settings(data), "a" * 64) == scores
+    assert cached_scores(tmp_path, settings(data), "b" * 64) is None
+    without = cached_scores(tmp_path, settings(data, top5=False), "a" * 64)
+    assert without == replace(scores, top5_before=None, top5_after=None)
+
+
+def test_images_are_digested_once_until_the_file_is_another(tmp_path, data, monkeypatch):
+    digested = []
+    monkeypatch.setattr(data_file, "tree_digest", lambda path: digested.append(path) or tree_digest(path))
+    evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(data))
+    assert cached_scores(tmp_path, settings(data), "a" * 64) is not None
+    assert digested == [data]
+    state, content = data.stat(), bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    other = tmp_path / "other.parquet"
+    other.write_bytes(content)
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    other.replace(data)  # same name, size and time: only the inode tells
+    assert cached_scores(tmp_path, settings(data), "a" * 64) is None
+    assert digested == [data, data]
 
 
 def test_a_torn_cache_is_made_anew(tmp_path, data):
