@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -186,14 +187,29 @@ def digest_findings(folder: Path, name: str, manifest: Manifest) -> list[str]:
     return [] if digest == expected else [f"{path}: sha256 {digest}, the manifest says {expected}"]
 
 
-def damage(folder: Path) -> list[str]:
-    """Return what keeps ``folder`` from being the artifact that its manifest tells of; every file is read."""
+@dataclass(frozen=True)
+class Inspection:
+    """An artifact after every file of it was read; it may be reused where there is no finding."""
+
+    manifest: Manifest | None
+    """None where it cannot be read, and then there is a finding."""
+    findings: tuple[str, ...]
+
+
+def inspect(folder: Path) -> Inspection:
+    """Return the manifest of ``folder``, parsed once, and what keeps the folder from being the artifact it tells of."""
     try:
         manifest = read_manifest(folder)
     except ArtifactError as error:
-        return [str(error)]
+        return Inspection(None, (str(error),))
     findings = file_findings(folder, manifest)
-    return findings or [text for name in manifest.files for text in digest_findings(folder, name, manifest)]
+    findings = findings or [text for name in manifest.files for text in digest_findings(folder, name, manifest)]
+    return Inspection(manifest, tuple(findings))
+
+
+def damage(folder: Path) -> list[str]:
+    """Return what keeps ``folder`` from being the artifact that its manifest tells of; every file is read."""
+    return list(inspect(folder).findings)
 
 
 def is_complete(folder: Path) -> bool:

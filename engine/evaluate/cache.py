@@ -71,7 +71,7 @@ class EvaluationCache:
         return scores if self._settings.top5 else replace(scores, top5_before=None, top5_after=None)
 
 
-def cached_scores(store: Path, settings: EvaluationSettings, artifact_key: str) -> Scores | None:
+def cached_scores(settings: EvaluationSettings, *, store: Path, artifact_key: str) -> Scores | None:
     """Return the scores that an earlier evaluation left in ``store``, None where it has to be done (again).
 
     Raises DataError where the images cannot be read, StorageError where the cache cannot.

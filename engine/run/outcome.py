@@ -91,25 +91,22 @@ def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:
 def layer_rows(row: ModelRow, manifest: Manifest, seconds: Mapping[str, float]) -> list[LayerRow]:
     """Return a row for every weight layer; ``seconds`` is what each took, empty for a reused artifact."""
     rows = [_layer_row(row, entry, seconds.get(entry.name)) for entry in manifest.layers]
-    return rows + [_blank(row, name, "kept", reason) for name, reason in sorted(manifest.kept.items())]
+    return rows + [
+        LayerRow(**_task_of(row), name=name, role="kept", reason=manifest.kept[name]) for name in sorted(manifest.kept)
+    ]
 
 
-def _blank(row: ModelRow, name: str, role: str, reason: str) -> LayerRow:
-    return LayerRow(
-        run=row.run,
-        task=row.task,
-        model=row.model,
-        bit_plan=row.bit_plan,
-        attempt=row.attempt,
-        name=name,
-        role=role,
-        reason=reason,
-    )
+def _task_of(row: ModelRow) -> dict[str, str]:
+    return {"run": row.run, "task": row.task, "model": row.model, "bit_plan": row.bit_plan, "attempt": row.attempt}
 
 
 def _layer_row(row: ModelRow, entry: LayerEntry, seconds: float | None) -> LayerRow:
-    found = replace(
-        _blank(row, entry.name, entry.role, entry.reason),
+    c = entry.coefficients
+    return LayerRow(
+        **_task_of(row),
+        name=entry.name,
+        role=entry.role,
+        reason=entry.reason,
         partners=entry.partners,
         shape=entry.shape,
         op=str(entry.op),
@@ -120,13 +117,12 @@ def _layer_row(row: ModelRow, entry: LayerEntry, seconds: float | None) -> Layer
         sqnr_db=entry.sqnr_db,
         sparsity=entry.sparsity,
         clipped_fraction=entry.clipped_fraction,
+        c_min=c.minimum if c else None,
+        c_mean=c.mean if c else None,
+        c_max=c.maximum if c else None,
+        c_histogram=c.histogram if c else (),
+        dead_channels=c.dead if c else None,
         folded=entry.folded,
         norm_shift=entry.norm_shift,
         seconds=seconds,
-    )
-    c = entry.coefficients
-    if c is None:
-        return found
-    return replace(
-        found, c_min=c.minimum, c_mean=c.mean, c_max=c.maximum, c_histogram=c.histogram, dead_channels=c.dead
     )

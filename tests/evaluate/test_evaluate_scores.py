@@ -137,11 +137,11 @@ def test_the_cache_holds_scores_and_logits_and_no_leftovers(tmp_path, data):
 
 
 def test_cached_scores_are_those_of_the_evaluation(tmp_path, data):
-    assert cached_scores(tmp_path, settings(data), "a" * 64) is None
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) is None
     scores = evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(data))
-    assert cached_scores(tmp_path, settings(data), "a" * 64) == scores
-    assert cached_scores(tmp_path, settings(data), "b" * 64) is None
-    without = cached_scores(tmp_path, settings(data, top5=False), "a" * 64)
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) == scores
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="b" * 64) is None
+    without = cached_scores(settings(data, top5=False), store=tmp_path, artifact_key="a" * 64)
     assert without == replace(scores, top5_before=None, top5_after=None)
 
 
@@ -149,7 +149,7 @@ def test_images_are_digested_once_until_the_file_is_another(tmp_path, data, monk
     digested = []
     monkeypatch.setattr(data_file, "tree_digest", lambda path: digested.append(path) or tree_digest(path))
     evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(data))
-    assert cached_scores(tmp_path, settings(data), "a" * 64) is not None
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) is not None
     assert digested == [data]
     state, content = data.stat(), bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -157,7 +157,7 @@ def test_images_are_digested_once_until_the_file_is_another(tmp_path, data, monk
     other.write_bytes(content)
     os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
     other.replace(data)  # same name, size and time: only the inode tells
-    assert cached_scores(tmp_path, settings(data), "a" * 64) is None
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) is None
     assert digested == [data, data]
 
 
