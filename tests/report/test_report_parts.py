@@ -10,7 +10,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from dfmpc.errors import StorageError, UsageError
-from dfmpc.report.parts import read_layers, read_models, write_part
+from dfmpc.report import part_files
+from dfmpc.report.parts import read_layers, read_models, write_part, write_parts
 from dfmpc.report.rows import LayerRow, ModelRow
 
 NOON = datetime(2025, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
@@ -58,9 +59,70 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert [path.name for path in (tmp_path / "report" / "layers").iterdir()] == [file.name]
 
 
-def test_parts_are_zstd(tmp_path):
-    file = write_part(tmp_path, FULL_MODEL, [], "a1")
-    assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
+@pytest.mark.parametrize(("rows", "compression"), [(1, "UNCOMPRESSED"), (4000, "ZSTD")])
+def test_a_large_part_is_zstd_and_a_small_one_is_plain(tmp_path, rows, compression):
+    file = write_part(tmp_path, FULL_MODEL, [FULL_LAYER] * rows, "a1")
+    layers = tmp_path / "report" / "layers" / file.name
+    assert pq.ParquetFile(layers).metadata.row_group(0).column(0).compression == compression
+    assert len(read_layers(tmp_path)) == rows
+
+
+def test_several_attempts_are_one_part_and_come_back_in_order_of_tasks(tmp_path):
+    rows = {name: [layer_row(f"{name}{number}", task=name) for number in (2, 1)] for name in ("net/b", "net/a")}
+    batch = [(model_row(task=name, attempt=f"of-{name[-1]}"), layers) for name, layers in rows.items()]
+    file = write_parts(tmp_path, batch)
+    assert [path.name for path in (tmp_path / "report" / "models").iterdir()] == [file.name]
+    assert [path.name for path in (tmp_path / "report" / "layers").iterdir()] == [file.name]
+    assert [(row.task, row.attempt) for row in read_models(tmp_path)] == [("net/a", "of-a"), ("net/b", "of-b")]
+    found = [(row.name, row.attempt) for row in read_layers(tmp_path)]
+    assert found == [("net/a2", "of-a"), ("net/a1", "of-a"), ("net/b2", "of-b"), ("net/b1", "of-b")]
+    assert write_parts(tmp_path, batch) != file
+    assert [(row.name, row.attempt) for row in read_layers(tmp_path)] == found
+
+
+def test_a_part_of_no_attempts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one attempt"):
+        write_parts(tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_without_a_model_row_do_not_count(tmp_path):
+    file = write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
+    file.unlink()  # as if killed in between
+    assert (read_models(tmp_path), read_layers(tmp_path)) == ([], [])
+
+
+def test_a_part_that_was_merged_between_listing_and_reading_is_found_where_it_went(tmp_path, monkeypatch):
+    one = write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
+    read = part_files.read_part
+
+    def read_late(file, row_type):
+        if file == one:  # somebody merges after our listing and before our reading
+            two = one.with_name("merged.parquet")
+            for kind in ("layers", "models"):
+                part = part_files.part_file(tmp_path, kind, one.name)
+                part.rename(part.with_name(two.name))
+        return read(file, row_type)
+
+    monkeypatch.setattr(part_files, "read_part", read_late)
+    assert [row.attempt for row in read_models(tmp_path)] == ["a1"]
+    assert [row.name for row in read_layers(tmp_path)] == ["conv1"]
+
+
+def test_parts_that_never_stop_vanishing_are_told(tmp_path, monkeypatch):
+    names = (f"{number}.parquet" for number in range(100))
+    monkeypatch.setattr(part_files, "part_names", lambda *_: [next(names)])
+    with pytest.raises(UsageError, match="models: parts keep vanishing while they are read: try again"):
+        read_models(tmp_path)
+
+
+def test_many_parts_and_a_large_one_are_read_whole(tmp_path):
+    tasks = [f"net{number:04}/p" for number in range(1000)]
+    for start in range(0, 40):
+        write_part(tmp_path, model_row(task=tasks[start]), [layer_row(task=tasks[start])], "a1")
+    write_parts(tmp_path, [(model_row(task=task, attempt="a1"), [layer_row(task=task)]) for task in tasks[40:]])
+    assert [row.task for row in read_models(tmp_path)] == tasks
+    assert [row.task for row in read_layers(tmp_path)] == tasks
 
 
 def test_the_newest_attempt_counts_whatever_it_is_called(tmp_path):
