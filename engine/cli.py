@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,10 +103,17 @@ def run(
     devices: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:2.")] = None,
     allow_code: AllowCode = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say of every task why it was not reused.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N|auto|auto/N", help="Only part I (from 0) of N; auto takes I from Slurm or Kubernetes."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compress every model of JOB under every bit-plan; what is finished already is reused."""
     from .run.scheduler import RunOptions, run_job  # noqa: PLC0415
+    from .run.shards import array_note, parse_shard  # noqa: PLC0415
     from .show import run_json, run_text  # noqa: PLC0415
 
     options = RunOptions(
@@ -115,7 +123,10 @@ def run(
         allow_code=tuple(allow_code or ()),
         progress=True,
         explain=explain,
+        shard=parse_shard(shard, os.environ) if shard is not None else None,
     )
+    if shard is None and (note := array_note(os.environ)):
+        print(f"dfmpc: note: {note}", file=sys.stderr)
     loaded = _load(job, output, allow_code)
     summary = run_job(loaded, options)
     print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary))

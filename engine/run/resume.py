@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 from ..job.expand import Task
@@ -11,6 +11,7 @@ from ..report.parts import read_models
 from ..report.rows import ModelRow
 from .claims import FIRST, start_run
 from .ledger import TaskState, fold
+from .shards import Shard, models_of
 from .store import FrozenRun, RunFolder, Store, same_list
 
 
@@ -22,8 +23,19 @@ class JoinedRun:
     open_tasks: tuple[Task, ...]
     resumed: bool
     """False where this process made the run."""
-    bytes: Mapping[str, int] = field(default_factory=dict)
+    tasks: tuple[Task, ...]
+    """What the command answers for: the whole list, or the part that is its shard's."""
+    bytes: Mapping[str, int]
     """Size of each model's input files by its name, as the run has them frozen: the same for everybody who joins."""
+
+    def part(self, shard: Shard) -> JoinedRun:
+        """Return the same run with the shard's tasks only, open ones too."""
+        own = models_of(shard, [task.model.name for task in self.tasks], self.bytes)
+        return replace(
+            self,
+            open_tasks=tuple(task for task in self.open_tasks if task.model.name in own),
+            tasks=tuple(task for task in self.tasks if task.model.name in own),
+        )
 
 
 def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = False) -> JoinedRun:
@@ -39,12 +51,13 @@ def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = 
         return _joined(newest, open_tasks)
     started = start_run(store, frozen, after=newest.run_id if newest else FIRST)
     if started.made:
-        return JoinedRun(started.run, tuple(frozen.tasks), resumed=False, bytes=frozen.bytes)
+        return _joined(started.run, tuple(frozen.tasks), resumed=False)
     return _joined(started.run, _left_over(started.run, frozen, retry_failed))
 
 
-def _joined(run: RunFolder, open_tasks: tuple[Task, ...]) -> JoinedRun:
-    return JoinedRun(run, open_tasks, resumed=True, bytes=run.frozen().bytes)
+def _joined(run: RunFolder, open_tasks: tuple[Task, ...], *, resumed: bool = True) -> JoinedRun:
+    frozen = run.frozen()
+    return JoinedRun(run, open_tasks, resumed, tuple(frozen.tasks), frozen.bytes)
 
 
 def _left_over(run: RunFolder, frozen: FrozenRun, retry_failed: bool) -> tuple[Task, ...]:

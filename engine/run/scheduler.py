@@ -23,6 +23,7 @@ from .schedule.dispatch import Dispatcher
 from .schedule.interrupts import Interrupts
 from .schedule.progress import Progress
 from .schedule.slots import make_slots
+from .shards import Shard
 from .sizes import predicted_host_bytes, source_bytes
 from .store import FrozenRun, Store, freeze
 
@@ -45,6 +46,8 @@ class RunOptions:
     progress: bool = True
     explain: bool = False
     """Collect why tasks were not reused."""
+    shard: Shard | None = None
+    """Do this part of the list only."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     store.prepare()
     frozen = freeze(loaded, tasks)
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
+    if options.shard is not None:
+        joined = joined.part(options.shard)
     with Interrupts() as interrupts:
         dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
         summary = _summary(joined, frozen, dispatcher, options)
@@ -177,14 +182,15 @@ def _summary(joined: JoinedRun, frozen: FrozenRun, dispatcher: Dispatcher, optio
     interrupted = _left(joined, dispatcher) > 0
     # a row that a full disk kept out of the report is still in memory
     rows = {row.task: row for row in read_models(joined.run.path)} | dispatcher.rows
-    ordered = [rows[task.id] for task in frozen.tasks if task.id in rows]
+    ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
+    incomplete = interrupted or any(task.id not in rows for task in frozen.tasks)
     return RunSummary(
         run=joined.run.path,
         rows=ordered,
         exit_code=InterruptedRunError.exit_code if interrupted else exit_code_of(ordered),
         explanations=dispatcher.explanations if options.explain else [],
         resumed=joined.resumed,
-        unmatched=[] if interrupted else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
+        unmatched=[] if incomplete else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
     )
 
 
