@@ -10,10 +10,10 @@ import errno
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from .schema import check_schema
 Kind = Literal["models", "layers"]
 ROWS: Mapping[Kind, type[Row]] = {"models": ModelRow, "layers": LayerRow}
 
+_Found = TypeVar("_Found")
 _GONE = {errno.ENOENT, errno.ESTALE}
 _LISTINGS = 32
 _SMALL_BYTES = 1 << 18
@@ -66,12 +67,16 @@ def read_parts(run_folder: Path, kind: Kind) -> dict[str, pa.Table]:
     return {name: table for name, table in seen.items() if table is not None}
 
 
-def _read_each(run_folder: Path, kind: Kind, names: list[str]) -> list[pa.Table | None]:
-    files = [part_file(run_folder, kind, name) for name in names]
-    if len(files) < _FEW:
-        return [read_part(file, ROWS[kind]) for file in files]
+def _read_each(run_folder: Path, kind: Kind, names: Sequence[str]) -> list[pa.Table | None]:
+    return in_threads(lambda name: read_part(part_file(run_folder, kind, name), ROWS[kind]), names)
+
+
+def in_threads(read: Callable[[str], _Found], names: Sequence[str]) -> list[_Found]:
+    """Return ``read`` of every name, in order; several at a time where there are many."""
+    if len(names) < _FEW:
+        return [read(name) for name in names]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(lambda file: read_part(file, ROWS[kind]), files))
+        return list(threads.map(read, names))
 
 
 def read_part(file: Path, row_type: type[Row]) -> pa.Table | None:
