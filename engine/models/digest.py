@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from ..errors import CheckpointError
+from .reading import CHUNK_BYTES, digest_files
 
-CHUNK_BYTES = 16 * 2**20
+__all__ = ["CHUNK_BYTES", "tree_digest"]
 
 
 def tree_digest(path: Path) -> str:
@@ -15,14 +14,4 @@ def tree_digest(path: Path) -> str:
 
     An empty file has no chunk, so its digest is the sha256 of nothing. Raises CheckpointError where it cannot be read.
     """
-    tree = hashlib.sha256()
-    buffer = bytearray(CHUNK_BYTES)
-    try:
-        with path.open("rb") as file:
-            while count := file.readinto(buffer):
-                tree.update(hashlib.sha256(memoryview(buffer)[:count]).digest())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
-    return tree.hexdigest()
+    return digest_files([path], threads=1)[0].digest

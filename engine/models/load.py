@@ -14,10 +14,12 @@ from torch.export import ExportedProgram
 from ..errors import MismatchError, NonFiniteError, UnsupportedModelError
 from ..job.expand import ModelSource
 from .capture import canonical_names, capture_program, export_program
-from .checkpoint import checkpoint_files, read_checkpoint
+from .checkpoint import read_checkpoint
 from .factory import AllowList
 from .graph import Graph, Op
-from .program import load_program, module_of, program_file, save_placeholder_program
+from .locate import input_files
+from .program import load_program, module_of, save_placeholder_program
+from .reading import FileBytes, read_files
 
 __all__ = ["LoadedModel", "input_files", "load_model", "rebuild_module", "save_placeholder_program"]
 
@@ -53,26 +55,20 @@ class _Code:
     kwargs: Mapping[str, Any]
 
 
-def input_files(source: ModelSource) -> list[Path]:
-    """Return the files that ``source`` is read from. Raises CheckpointError where one is missing."""
-    if source.program is not None:
-        return [program_file(source.program)]
-    return checkpoint_files(source.checkpoint or "")
+def load_model(source: ModelSource, allow: AllowList, files: Sequence[FileBytes] | None = None) -> LoadedModel:
+    """Load, check and capture one model from ``files``, which are those of ``input_files(source)`` (None: read now).
 
-
-def load_model(source: ModelSource, allow: AllowList) -> LoadedModel:
-    """Load, check and capture one model.
-
+    Tensors of safetensors stay views of their file's memory; every other file's memory is needed no longer afterwards.
     Raises CheckpointError, UnsafeCheckpointError, FactoryError, MismatchError, NonFiniteError or
     UnsupportedModelError, each of which fails this model's tasks only.
     """
-    files = input_files(source)
-    size = sum(file.stat().st_size for file in files)
+    files = read_files(input_files(source)) if files is None else files
+    size = sum(file.size for file in files)
     if source.program is not None:
         return _load_program(source, files[0], size)
     shape = tuple(source.input or ())
     module = allow.build(source)
-    state = _put(module, read_checkpoint(files), str(files[0]))
+    state = _put(module, read_checkpoint(files), str(files[0].path))
     exported = export_program(module, shape)
     return LoadedModel(source, module, capture_program(exported), state, shape, size, exported)
 
@@ -91,19 +87,19 @@ def rebuild_module(
     It is on the CPU in eval mode, without gradients, in float32. Raises what ``load_model`` raises.
     """
     if program is not None:
-        module = _program_module(load_program(program))
+        module = _program_module(load_program(read_files([program])[0]))
     else:
         module = allow.build(_Code(factory, args, kwargs or {}))
     _put(module, state, str(program or factory))
     return module
 
 
-def _load_program(source: ModelSource, file: Path, size: int) -> LoadedModel:
+def _load_program(source: ModelSource, file: FileBytes, size: int) -> LoadedModel:
     program = load_program(file)
-    _check_single_precision(program, file)
+    _check_single_precision(program, file.path)
     first = canonical_names(program.state_dict)
     state = {name: tensor.detach() for name, tensor in program.state_dict.items() if first[name] == name}
-    _check_finite(state, str(file))
+    _check_finite(state, str(file.path))
     graph = capture_program(program)
     shape = next(node.shape for node in graph.nodes if node.op is Op.INPUT)
     return LoadedModel(source, _program_module(program), graph, state, shape, size, program, program)

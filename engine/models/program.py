@@ -14,31 +14,25 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
 from ..errors import CheckpointError, UsageError
+from .memory_file import opened
 from .program_check import READER_ERRORS, check_archive, damaged
+from .reading import FileBytes
 
 _ASSERTION = "aten._assert_tensor_metadata.default"
 """Says that a tensor lies on the device of the export, which would keep the program off every other one."""
 
 
-def program_file(location: str) -> Path:
-    """Return the path of a .pt2 file. Raises CheckpointError where there is none."""
-    path = Path(location)
-    if not path.is_file():
-        raise CheckpointError(f"program: {path}: no such file; correct the path or copy the file there")
-    return path
-
-
-def load_program(path: Path) -> ExportedProgram:
-    """Return the program of a .pt2 file on the CPU.
+def load_program(file: FileBytes) -> ExportedProgram:
+    """Return the program of a .pt2 file on the CPU; its tensors have memory of their own.
 
     Raises CheckpointError where it is damaged, UnsafeCheckpointError where loading it would run code.
     """
-    check_archive(path)
+    check_archive(file)
     try:
         # torch.export.load falls back to an older format, pickles included, when this fails.
-        program = load_pt2(str(path)).exported_programs["model"]
+        program = load_pt2(opened(file.data)).exported_programs["model"]
     except READER_ERRORS as error:
-        raise CheckpointError(damaged(path, error)) from error
+        raise CheckpointError(damaged(file.path, error)) from error
     # Source code that .module() would evaluate; the shapes of the placeholders are checked without it.
     program._guards_code = []
     for node in list(program.graph.nodes):

@@ -19,7 +19,9 @@ import torch
 from torch.export.pt2_archive._package import PT2ArchiveReader
 
 from ..errors import CheckpointError, UnsafeCheckpointError, UnsupportedModelError
+from .memory_file import opened
 from .pickles import refusal
+from .reading import FileBytes
 
 READER_ERRORS = (RuntimeError, ValueError, AssertionError, KeyError, IndexError, TypeError, AttributeError, OSError)
 """What the reader raises for an archive that is damaged or made up."""
@@ -52,14 +54,15 @@ _QUALIFIED_KEYS = {"parameter_name", "buffer_name", "tensor_constant_name", "cus
 _TREE_KEYS = {"in_spec", "out_spec"}
 
 
-def check_archive(path: Path) -> None:
-    """Raise unless torch's reader can load ``path`` without running code of the file's own.
+def check_archive(file: FileBytes) -> None:
+    """Raise unless torch's reader can load ``file`` without running code of the file's own.
 
     Raises CheckpointError (no such archive, truncated), UnsafeCheckpointError and UnsupportedModelError.
     """
+    path = file.path
     try:
-        _refuse_torch_save(path)
-        reader = PT2ArchiveReader(str(path))
+        _refuse_torch_save(file)
+        reader = PT2ArchiveReader(opened(file.data))
         names = reader.get_file_names()
         _check_members(path, names)
         for name in _pickles(reader, names, path):
@@ -69,17 +72,17 @@ def check_archive(path: Path) -> None:
         raise CheckpointError(damaged(path, error)) from error
 
 
-def _refuse_torch_save(path: Path) -> None:
+def _refuse_torch_save(file: FileBytes) -> None:
     """Recognise the zip of a pickle that torch.save writes; torch's own words for it are about its archives."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(opened(file.data)) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile):
         return  # the reader says what is wrong with it
     if "data.pkl" in names and "archive_format" not in names:
         raise CheckpointError(
-            f"{path}: made by torch.save, not torch.export.save: a state dict goes under checkpoint, with a factory; "
-            "a program is written by torch.export.save(torch.export.export(network, (example,)), path)"
+            f"{file.path}: made by torch.save, not torch.export.save: a state dict goes under checkpoint, with a "
+            "factory; a program is written by torch.export.save(torch.export.export(network, (example,)), path)"
         )
 
 

@@ -17,7 +17,7 @@ from ..job.loader import LoadedJob
 from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
 from ..models.factory import AllowList
 from .schedule.devices import device_slots
-from .shared import SharedModel
+from .shared import ModelKeys
 from .sizes import predicted_host_bytes, source_bytes, source_files
 from .store import Store
 
@@ -78,7 +78,7 @@ def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
     rows = [
         row
         for tasks in groups.values()
-        for row in _group_rows(loaded, tasks, SharedModel(tasks[0].model, allow, device, threads), problems)
+        for row in _group_rows(loaded, tasks, ModelKeys(tasks[0].model, allow, device, threads), problems)
     ]
     totals = PlanTotals(
         tasks=len(rows),
@@ -91,9 +91,7 @@ def make_plan(loaded: LoadedJob, allow_code: Sequence[str] = ()) -> Plan:
     return Plan(rows, totals, problems + _limits(loaded, rows, totals))
 
 
-def _group_rows(
-    loaded: LoadedJob, tasks: Sequence[Task], shared: SharedModel, problems: list[str]
-) -> Iterator[PlanRow]:
+def _group_rows(loaded: LoadedJob, tasks: Sequence[Task], shared: ModelKeys, problems: list[str]) -> Iterator[PlanRow]:
     """Yield the rows of one model's tasks; what would fail them goes to ``problems``."""
     source = tasks[0].model
     store, size = Store(loaded.store), source_bytes(source)

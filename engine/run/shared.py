@@ -1,23 +1,28 @@
-"""What the tasks of one model share: digests of its inputs, the loaded network, its key; each found once."""
+"""What the tasks of one model share: its files read once, their digests, its key, the loaded network."""
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
-
-from torch import nn
+from typing import TYPE_CHECKING, TypeVar
 
 from ..artifact.key import TaskKey, digest_of, task_key
 from ..errors import CheckpointError, DfmpcError
 from ..job.expand import ModelSource, Task
-from ..models.digest import tree_digest
 from ..models.factory import AllowList
-from ..models.load import LoadedModel, input_files, load_model
+from ..models.locate import input_files
+from ..models.reading import FileBytes, FileDigest, digest_files, read_files
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.load import LoadedModel
 
 T = TypeVar("T")
+Read = Callable[[ModelSource], Sequence[FileBytes]]
+"""Gives the content of a source's input files, in order."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,16 @@ class Inputs:
     distribution: str | None
     size: int
     """Bytes of the files."""
-    states: tuple[tuple[int, int], ...]
-    """Size and time of change (ns) of each file when it was digested."""
 
 
-class SharedModel:
-    """One model on behalf of its tasks. A failure is remembered and raised again for every task."""
+class ModelKeys:
+    """The keys of one model's tasks, from digests alone. A failure is remembered and raised again for every task."""
 
     def __init__(self, source: ModelSource, allow: AllowList, device: str = "cpu", threads: int = 1) -> None:
         """``device`` and ``threads`` are those of whoever computes: some recipes' keys depend on them."""
         self._source, self._allow = source, allow
         self._device, self._threads = device, threads
         self._inputs: Inputs | None = None
-        self._model: LoadedModel | None = None
         self._error: DfmpcError | None = None
         self._seconds = 0.0
 
@@ -49,16 +51,6 @@ class SharedModel:
         if self._inputs is None:
             self._inputs = self._step(self._digest)
         return self._inputs
-
-    def model(self) -> LoadedModel:
-        """Load the network and capture its graph; raises what ``load_model`` raises."""
-        if self._model is None:
-            self._model = self._step(self._load)
-        return self._model
-
-    def original(self) -> nn.Module:
-        """Return the original network, in eval mode."""
-        return self.model().module
 
     def key(self, task: Task) -> TaskKey:
         """Return the key of ``task``."""
@@ -87,30 +79,78 @@ class SharedModel:
         try:
             return action()
         except DfmpcError as error:
+            _forget_frames(error)
             self._error = error
             raise
         finally:
             self._seconds += time.perf_counter() - started
 
     def _digest(self) -> Inputs:
-        factory, files = self._source.factory, input_files(self._source)
-        states = _states(files)
+        factory, files = self._source.factory, self._digests()
         return Inputs(
-            digests=tuple(tree_digest(file) for file in files),
+            digests=tuple(file.digest for file in files),
             distribution=self._allow.distribution_version(factory) if factory else None,
-            size=sum(size for size, _ in states),
-            states=states,
+            size=sum(file.size for file in files),
         )
 
+    def _digests(self) -> Sequence[FileDigest]:
+        return digest_files(input_files(self._source))
+
+
+class SharedModel(ModelKeys):
+    """One model on behalf of its tasks: the bytes that were digested are the bytes that are loaded."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        allow: AllowList,
+        device: str = "cpu",
+        threads: int = 1,
+        read: Read | None = None,
+    ) -> None:
+        """``read`` gives the files' content (None: it is read when it is wanted)."""
+        super().__init__(source, allow, device, threads)
+        self._read = read or _read_now
+        self._files: Sequence[FileBytes] | None = None
+        self._model: LoadedModel | None = None
+
+    def model(self) -> LoadedModel:
+        """Load the network and capture its graph; raises what ``load_model`` raises."""
+        if self._model is None:
+            self._model = self._step(self._load)
+        return self._model
+
+    def original(self) -> nn.Module:
+        """Return the original network, in eval mode."""
+        return self.model().module
+
+    def release(self) -> None:
+        """Let go of the files' content where the network is not loaded yet; it is read again if it is wanted."""
+        self._files = None
+
+    def _digests(self) -> Sequence[FileDigest]:
+        self._files = self._read(self._source)
+        return self._files
+
     def _load(self) -> LoadedModel:
-        digested = self.inputs().states
-        model = load_model(self._source, self._allow)
-        if _states(input_files(self._source)) != digested:
-            raise CheckpointError(
-                f"{self._source.name}: its files were changed while they were read: run the job again"
-            )
-        return model
+        from ..models.load import load_model  # noqa: PLC0415 - torch comes with it, and reused tasks need neither
+
+        digested = self.inputs().digests
+        # Nothing but the tensors that view them keeps the bytes from here on.
+        files, self._files = self._files, None
+        if files is None:
+            files = self._read(self._source)
+        if tuple(file.digest for file in files) != digested:
+            raise CheckpointError(f"{self._source.name}: its files were changed after they were read: run it again")
+        return load_model(self._source, self._allow, files)
 
 
-def _states(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
-    return tuple((state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files))
+def _read_now(source: ModelSource) -> Sequence[FileBytes]:
+    return read_files(input_files(source))
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables that the tracebacks of ``error`` hold: a model's bytes may be among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

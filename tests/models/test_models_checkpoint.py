@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from dfmpc.errors import CheckpointError, UnsafeCheckpointError
-from dfmpc.models.checkpoint import checkpoint_files, read_checkpoint
+from dfmpc.models.checkpoint import read_checkpoint
+from dfmpc.models.locate import checkpoint_files
+from dfmpc.models.reading import read_files
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,11 +29,15 @@ def tensors() -> dict[str, Tensor]:
     return {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.float16)}
 
 
-def assert_same(read: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(read) == set(expected)
+def read(files: list[Path]) -> dict[str, Tensor]:
+    return read_checkpoint(read_files(files))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
     for name, tensor in expected.items():
-        assert read[name].dtype == tensor.dtype
-        assert torch.equal(read[name], tensor)
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def sharded(folder: Path) -> Path:
@@ -46,7 +52,7 @@ def test_safetensors(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     save_file(tensors(), file)
     assert checkpoint_files(str(file)) == [file]
-    assert_same(read_checkpoint([file]), tensors())
+    assert_same(read([file]), tensors())
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th"])
@@ -54,27 +60,27 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_pickled_state_dicts(tmp_path: Path, suffix: str, wrapper: str | None) -> None:
     file = tmp_path / f"net{suffix}"
     torch.save({wrapper: tensors(), "epoch": 3, "optimizer": {"lr": 0.1}} if wrapper else tensors(), file)
-    read = read_checkpoint(checkpoint_files(str(file)))
-    assert list(read) == ["b.weight", "a.bias"]
-    assert_same(read, tensors())
+    found = read(checkpoint_files(str(file)))
+    assert list(found) == ["b.weight", "a.bias"]
+    assert_same(found, tensors())
 
 
 def test_a_module_prefix_goes_only_where_every_name_has_it(tmp_path: Path) -> None:
     file = tmp_path / "net.pt"
     torch.save({f"module.{name}": tensor for name, tensor in tensors().items()}, file)
-    assert_same(read_checkpoint([file]), tensors())
+    assert_same(read([file]), tensors())
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, file)
-    assert set(read_checkpoint([file])) == {"module.a", "b"}
+    assert set(read([file])) == {"module.a", "b"}
 
 
 def test_leaves_that_are_no_tensors_are_named(tmp_path: Path) -> None:
     file = tmp_path / "net.pt"
     torch.save({"a": torch.ones(1), "epoch": 3}, file)
     with pytest.raises(CheckpointError, match=r"1 entries are not tensors: epoch \(int\)"):
-        read_checkpoint([file])
+        read([file])
     torch.save([torch.ones(1)], file)
     with pytest.raises(CheckpointError, match="holds a list; expected a state dict"):
-        read_checkpoint([file])
+        read([file])
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1], ids=["empty", "5", "60", "all but one"])
@@ -83,7 +89,7 @@ def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
     save_file(tensors(), file)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"net\.safetensors: truncated or corrupt; copy or download it again"):
-        read_checkpoint([file])
+        read([file])
 
 
 @pytest.mark.parametrize("keep", [0, 100, -40], ids=["empty", "100", "all but 40"])
@@ -92,7 +98,7 @@ def test_truncated_pickle(tmp_path: Path, keep: int) -> None:
     torch.save(tensors(), file)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"net\.pt: truncated or corrupt"):
-        read_checkpoint([file])
+        read([file])
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -101,7 +107,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, zip
     file = tmp_path / "evil.pth"
     torch.save({"a": Evil(mark)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UnsafeCheckpointError) as caught:
-        read_checkpoint([file])
+        read([file])
     home = os.mkdir.__module__
     assert str(caught.value) == (
         f"{file}: loading it would run code: Trying to load unsupported GLOBAL {home}.mkdir whose module {home} is "
@@ -116,7 +122,7 @@ def test_a_pickled_module_is_refused_by_its_class_without_advice_to_load_it_all_
     file = tmp_path / "whole.pth"
     torch.save({"net": torch.nn.Linear(2, 2)}, file)
     with pytest.raises(UnsafeCheckpointError) as caught:
-        read_checkpoint([file])
+        read([file])
     said = str(caught.value)
     assert "would run code: Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed" in said
     for advice in ("weights_only", "add_safe_globals", "succeed", "\x1b", "\n"):
@@ -130,16 +136,16 @@ def test_a_legacy_pickle_whose_storages_are_gone_is_corrupt(tmp_path: Path) -> N
     key = re.findall(rb"[0-9]{9,}", content)[-1]
     file.write_bytes(key.join(content.split(key)[:-1]) + key[::-1] + content.split(key)[-1])
     with pytest.raises(CheckpointError, match=r"net\.pt: truncated or corrupt"):
-        read_checkpoint([file])
+        read([file])
 
 
 def test_shards_come_in_the_order_of_the_index(tmp_path: Path) -> None:
     index = sharded(tmp_path)
     files = checkpoint_files(str(index))
     assert [file.name for file in files] == ["model.safetensors.index.json", "two.safetensors", "one.safetensors"]
-    read = read_checkpoint(files)
-    assert list(read) == ["b", "a"]
-    assert_same(read, {"a": torch.ones(2), "b": torch.zeros(3)})
+    found = read(files)
+    assert list(found) == ["b", "a"]
+    assert_same(found, {"a": torch.ones(2), "b": torch.zeros(3)})
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -162,14 +168,14 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path, weight_map: dict[
     index = sharded(tmp_path)
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=said):
-        read_checkpoint(checkpoint_files(str(index)))
+        read(checkpoint_files(str(index)))
 
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
     index = sharded(tmp_path)
     save_file({"b": torch.zeros(3), "a": torch.zeros(2)}, tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor a is in both two\.safetensors and one\.safetensors"):
-        read_checkpoint(checkpoint_files(str(index)))
+        read(checkpoint_files(str(index)))
 
 
 @pytest.mark.parametrize("shard", ["../one.safetensors", "sub/one.safetensors", "..", "a\\b"])
@@ -194,7 +200,7 @@ def test_missing_file_and_unknown_suffix(tmp_path: Path) -> None:
     odd = tmp_path / "net.h5"
     odd.write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"unknown suffix '\.h5'; expected \.safetensors"):
-        read_checkpoint([odd])
+        read([odd])
 
 
 def test_package_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model, rebuild_module, save_placeholder_program
 from dfmpc.models.program import load_program
 from dfmpc.models.program_check import _EXPRESSION
+from dfmpc.models.reading import read_files
 from torch import nn
+from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 
 
@@ -64,6 +66,10 @@ def model(file: Path, make_source: Callable[..., ModelSource], builtin_allow: Al
     return load_model(make_source(program=str(file)), builtin_allow)
 
 
+def loaded_program(path: Path) -> ExportedProgram:
+    return load_program(read_files([path])[0])
+
+
 def rewritten(file: Path, target: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
     """Copy an archive with some of its members changed."""
     reader = PT2ArchiveReader(str(file))
@@ -98,7 +104,7 @@ def test_a_program_loads_under_its_own_names(model: LoadedModel, net: nn.Module,
 
 def test_a_copy_of_an_archive_loads(file: Path, tmp_path: Path) -> None:
     copied = rewritten(file, tmp_path / "copy.pt2", lambda _: None)
-    assert set(load_program(copied).state_dict) == set(load_program(file).state_dict)
+    assert set(loaded_program(copied).state_dict) == set(loaded_program(file).state_dict)
 
 
 def test_a_placeholder_program_is_small_deterministic_and_holds_no_weights(
@@ -148,17 +154,17 @@ def test_a_truncated_archive(file: Path, tmp_path: Path, keep: int) -> None:
     short = tmp_path / "short.pt2"
     short.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"short\.pt2: truncated, corrupt, or no program of torch\.export"):
-        load_program(short)
+        loaded_program(short)
 
 
 def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_bytes(b"not a zip" * 1000)
     with pytest.raises(CheckpointError, match=r"net\.pt2: truncated, corrupt"):
-        load_program(path)
+        loaded_program(path)
     torch.save({"a": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match=r"net\.pt2: made by torch\.save, not torch\.export\.save: a state"):
-        load_program(path)
+        loaded_program(path)
 
 
 def test_a_torchscript_file_is_no_program(tmp_path: Path) -> None:
@@ -166,7 +172,7 @@ def test_a_torchscript_file_is_no_program(tmp_path: Path) -> None:
     with PT2ArchiveWriter(str(path)) as writer:
         writer.write_string("code/x.py", "print(1)")
     with pytest.raises(CheckpointError, match=r"holds the programs none; expected one, models/model\.json"):
-        load_program(path)
+        loaded_program(path)
 
 
 @pytest.mark.parametrize("member", ["data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt"])
@@ -180,7 +186,7 @@ def test_an_archive_with_an_evil_pickle_is_refused_and_does_not_run(file: Path, 
 
     evil = rewritten(file, tmp_path / "evil.pt2", change)
     with pytest.raises(UnsafeCheckpointError, match=rf"evil\.pt2: {member} needs more than weights_only=True"):
-        load_program(evil)
+        loaded_program(evil)
     assert not mark.exists()
     torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     assert mark.is_dir()
@@ -197,7 +203,7 @@ def test_pickled_tensors_and_objects_are_refused(file: Path, tmp_path: Path, fol
         members[config_name] = json.dumps(config).encode()
 
     with pytest.raises(UnsafeCheckpointError, match=rf"'odd' is stored as a pickled object \({stored}\)"):
-        load_program(rewritten(file, tmp_path / "evil.pt2", change))
+        loaded_program(rewritten(file, tmp_path / "evil.pt2", change))
 
 
 def test_compiled_code_is_refused(file: Path, tmp_path: Path) -> None:
@@ -205,7 +211,7 @@ def test_compiled_code_is_refused(file: Path, tmp_path: Path) -> None:
         members["data/aotinductor/model/kernel.so"] = b"\x7fELF"
 
     with pytest.raises(UnsafeCheckpointError, match=r"holds compiled code \(data/aotinductor/model/kernel\.so\)"):
-        load_program(rewritten(file, tmp_path / "evil.pt2", change))
+        loaded_program(rewritten(file, tmp_path / "evil.pt2", change))
 
 
 def first_node(model: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +225,7 @@ def first_node(model: dict[str, Any]) -> dict[str, Any]:
 def test_calls_that_are_not_plain_aten_are_refused(file: Path, tmp_path: Path, target: str) -> None:
     change = edit_model(lambda model: first_node(model).update(target=target))
     with pytest.raises(UnsafeCheckpointError, match=f"it calls '{target}', which is not an ATen operator"):
-        load_program(rewritten(file, tmp_path / "evil.pt2", change))
+        loaded_program(rewritten(file, tmp_path / "evil.pt2", change))
 
 
 ENUM_TREE = json.dumps(
@@ -260,14 +266,14 @@ def test_text_that_would_become_code_is_refused(
     file: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None], said: str
 ) -> None:
     with pytest.raises(UnsafeCheckpointError, match=said):
-        load_program(rewritten(file, tmp_path / "evil.pt2", edit_model(edit)))
+        loaded_program(rewritten(file, tmp_path / "evil.pt2", edit_model(edit)))
 
 
 def test_guards_are_never_evaluated(file: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     guard = f"__import__('os').mkdir({str(mark)!r}) is None"
     change = edit_model(lambda model: model.update(guards_code=[guard]))
-    module = load_program(rewritten(file, tmp_path / "evil.pt2", change)).module()
+    module = loaded_program(rewritten(file, tmp_path / "evil.pt2", change)).module()
     assert module(torch.zeros(2, 3, 8, 8)).shape == (2, 8)
     assert not mark.exists()
 
@@ -324,7 +330,7 @@ def test_assertions_of_the_exporting_device_are_dropped_and_the_outputs_stay(tmp
     image = torch.randn(1, 3, 8, 8)
     program = torch.export.export(_Converts().eval(), (image,))
     torch.export.save(program, tmp_path / "net.pt2")
-    loaded = load_program(tmp_path / "net.pt2")
+    loaded = loaded_program(tmp_path / "net.pt2")
     assert not [node for node in loaded.graph.nodes if "_assert_tensor_metadata" in str(node.target)]
     assert torch.equal(loaded.module()(image), program.module()(image))
     save_placeholder_program(loaded, tmp_path / "light.pt2")
