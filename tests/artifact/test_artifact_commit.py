@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import pytest
 from dfmpc.artifact.commit import commit, discard, new_attempt, sweep
-from dfmpc.artifact.manifest import MANIFEST, TENSORS, is_complete
+from dfmpc.artifact.manifest import MANIFEST, TENSORS, inspect, is_complete, read_manifest
 from dfmpc.artifact.manifest import damage as artifact_damage
 from dfmpc.artifact.owner import Owner
 from dfmpc.errors import StorageError
@@ -84,12 +84,12 @@ def flip_last_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage", ["no_manifest", "short_file", "flipped_byte", "missing_file", "a_file", "empty_folder"]
-)
-def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], damage: str) -> None:
-    target = target_in(store)
-    commit(filled(store, make), target)
+READABLE = ("short_file", "flipped_byte", "missing_file")
+"""Damages that leave the manifest."""
+DAMAGES = (*READABLE, "no_manifest", "a_file", "empty_folder")
+
+
+def break_artifact(target: Path, damage: str) -> None:
     if damage == "short_file":
         os.truncate(target / TENSORS, 10)
     elif damage == "flipped_byte":
@@ -101,6 +101,27 @@ def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], dama
     if damage == "a_file":
         target.rmdir()
         target.write_bytes(b"x")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_with_what_can_be_read_of_the_manifest(
+    store: Path, make: Callable[..., Any], damage: str
+) -> None:
+    target = target_in(store)
+    commit(filled(store, make), target)
+    whole = inspect(target)
+    assert (whole.manifest, whole.findings) == (read_manifest(target), ())
+    break_artifact(target, damage)
+    found = inspect(target)
+    assert list(found.findings) == artifact_damage(target) != []
+    assert found.manifest == (whole.manifest if damage in READABLE else None)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_target_is_replaced(store: Path, make: Callable[..., Any], damage: str) -> None:
+    target = target_in(store)
+    commit(filled(store, make), target)
+    break_artifact(target, damage)
     assert artifact_damage(target)
     assert commit(filled(store, make), target) is True
     assert artifact_damage(target) == []

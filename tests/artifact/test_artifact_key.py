@@ -8,7 +8,8 @@ import pytest
 from dfmpc.artifact import key as key_module
 from dfmpc.artifact.key import KEY_VERSION, TaskKey, digest_of, evaluation_key, explain, task_key
 from dfmpc.job.expand import ModelSource, Task
-from dfmpc.job.methods import DfmpcPlan, RtnPlan
+from dfmpc.job.methods import BitPlan, DfmpcPlan, RtnPlan
+from dfmpc.job.neighbours import OmsePlan
 from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.job.schema import LayerRule
 from dfmpc.kernels.formats import NUMERICS_VERSION
@@ -73,6 +74,32 @@ def test_ingredients_of_a_fixed_task() -> None:
         "plan": {"method": "rtn", "bits": 4, "granularity": "channel", "symmetric": True},
         "layers": [],
     }
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (RtnPlan(name="p", method="rtn", bits=4), "20a4c817e137ef8f73c7434b4e16fe434f1910d78acd455ddffe419534b5141c"),
+        (
+            DfmpcPlan(name="p", method="dfmpc", recipe="published"),
+            "aa10d5ff6307be4420b783deef1e8459d927dcf013f4e1ebe77d6a660941e812",
+        ),
+        (
+            DfmpcPlan(name="p", method="dfmpc"),
+            "3917bbfc4a4e73646c316f4c0a102bfc0884f543cef3aaccc9462995750f0205",
+        ),
+        (
+            OmsePlan(name="p", method="omse", bits=4),
+            "0d15968f03d030810e829e137489b64d72777be810f1d598e5829c1717faeb9e",
+        ),
+    ],
+    ids=["rtn", "published", "auto", "neighbour"],
+)
+def test_a_refactor_changes_no_key(monkeypatch: pytest.MonkeyPatch, plan: BitPlan, expected: str) -> None:
+    """Another key makes every artifact in every store anew: only a version that is raised on purpose may do that."""
+    monkeypatch.setattr(key_module, "torch_version", lambda: "2.8.0")
+    task = Task(id="net/p", model=ModelSource(**SOURCE), plan=plan)
+    assert task_key(task, (A,), distribution="zoo==1.0").key == expected
 
 
 def test_key_is_sha256_of_canonical_json() -> None:

@@ -136,6 +136,15 @@ def test_the_cache_holds_scores_and_logits_and_no_leftovers(tmp_path, data):
     assert load_file(files[1])["logits"].shape == (20, CLASSES)
 
 
+def test_a_refactor_renames_no_file_of_the_cache(tmp_path):
+    """Other names have every network evaluated anew: only a version that is raised on purpose may do that."""
+    evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(seed=3))
+    assert sorted(file.name for file in (tmp_path / "evaluations").iterdir()) == [
+        "5a07a99c7db72e1f8316a367a78ce165e082aa398c6a2287c42cbca2ea418395.safetensors",
+        "eb58260c9b6e79592ba53466a00ed80c3282a0ca5d0e96f58c5041923f48df08.json",
+    ]
+
+
 def test_cached_scores_are_those_of_the_evaluation(tmp_path, data):
     assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) is None
     scores = evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(data))
