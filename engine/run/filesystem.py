@@ -18,8 +18,8 @@ def check_filesystem(store_root: Path) -> None:
     """Try in a folder of its own under ``store_root`` what commits, runs and ledgers rely on; takes milliseconds.
 
     That is: a folder is renamed whole and never onto one that holds something, a hard link is made once, two appenders
-    lose nothing of each other's, and fsync works. What other machines see of it cannot be tried from one; docs/engine.md
-    says what they must. Raises UsageError naming the property, the path and the kind of file system.
+    lose nothing of each other's, and fsync works. What other machines see of it cannot be tried from here;
+    docs/engine.md says what they must. Raises UsageError naming the property, the path and the kind of file system.
     """
     try:
         folder = new_attempt(store_root, "filesystem")

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..artifact.manifest import is_complete
 from ..errors import ModelError
 from ..job.expand import Task, expand
 from ..job.loader import LoadedJob
-from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
 from ..models.factory import AllowList
+from .predict import free_bytes, predicted_artifact_bytes
 from .schedule.devices import device_slots
 from .shared import ModelKeys
-from .sizes import predicted_host_bytes, source_bytes, source_files
+from .sizes import predicted_host_bytes, source_bytes
 from .store import Store
-
-_HEADER_LIMIT = 100 * 2**20
-_MANIFEST_BYTES = 2048
-"""What a layer takes at most in the manifest and the header."""
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class PlanRow:
     task: str
     checkpoint_bytes: int
     predicted_bytes: int
-    """Of the artifact: an upper estimate, see ``predicted_artifact_bytes``."""
+    """Of the artifact: an upper estimate, see predict.py."""
     predicted_memory_bytes: int
     """Of a worker, see ``predicted_host_bytes``."""
     finished: bool
@@ -123,71 +113,3 @@ def _limits(loaded: LoadedJob, rows: Sequence[PlanRow], totals: PlanTotals) -> l
         for row in rows
         if limit is not None and row.predicted_memory_bytes > limit
     ]
-
-
-def predicted_artifact_bytes(task: Task) -> int:
-    """Return an upper estimate of an artifact's size in bytes, from the task's widest bits or its budget.
-
-    For safetensors it comes from the header: floating tensors with two or more axes become codes and a float32 scale a
-    row (or a group), the others stay. Any other file is taken for float32 weights throughout.
-    """
-    budget = task.plan.budget if isinstance(task.plan, DfmpcPlan) else None
-    if budget is not None and budget.bits_per_weight is None:
-        return budget.bytes or int(source_bytes(task.model) / (budget.ratio or 1))
-    bits = _widest_bits(task)
-    headers = [_header(file) for file in source_files(task.model) if file.suffix == ".safetensors"]
-    if headers and all(header is not None for header in headers):
-        return sum(_tensor_bytes(entry, bits) for header in headers if header for entry in header)
-    return -(-source_bytes(task.model) * bits // 32)
-
-
-def _widest_bits(task: Task) -> int:
-    if isinstance(task.plan, DfmpcPlan) and task.plan.budget is not None:
-        # The budget is kept on average, scales and layer rules included, and no layer gets more than 8 bits.
-        return min(8, math.ceil(task.plan.budget.bits_per_weight or 8))
-    return max([_own_bits(task.plan), *(rule.bits for rule in task.layers if rule.bits is not None)])
-
-
-def _own_bits(plan: BitPlan) -> int:
-    if isinstance(plan, RtnPlan):
-        return plan.bits
-    if isinstance(plan, DfmpcPlan):
-        return max(plan.low, plan.high)
-    return max(plan.width("low"), plan.width("high"))
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-
-
-def _tensor_bytes(tensor: _Tensor, bits: int) -> int:
-    if tensor.dtype not in _FLOAT_BYTES or len(tensor.shape) < 2:
-        return tensor.size
-    weights = tensor.size // _FLOAT_BYTES[tensor.dtype]
-    rows = max(tensor.shape[:2])
-    return -(-weights * bits // 8) + rows * (4 + 1) + _MANIFEST_BYTES
-
-
-def _header(file: Path) -> list[_Tensor] | None:
-    """Return the tensors that a safetensors file names; None where it cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            entries = json.loads(opened.read(min(length, _HEADER_LIMIT)))
-        return [
-            _Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        ]
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk on which ``folder`` lies or would lie."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

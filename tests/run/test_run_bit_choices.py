@@ -13,7 +13,7 @@ from dfmpc.job.loader import load_job
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from dfmpc.run.bit_choices import choose_all_bits
-from dfmpc.run.plan import predicted_artifact_bytes
+from dfmpc.run.predict import predicted_artifact_bytes
 from typer.testing import CliRunner
 
 BUDGET: dict[str, object] = {"name": "b5", "method": "dfmpc", "budget": {"bits_per_weight": 5}, "pareto": 3}
