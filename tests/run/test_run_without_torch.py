@@ -106,8 +106,8 @@ def test_damage_and_missing_scores_are_found_without_torch_too(finished: Finishe
     assert (found["agreement"], found["gate"]) == (None, None)
 
 
-@pytest.mark.parametrize("module", ["run.scheduler", "report.parts", "report.tables"])
-def test_what_starts_and_reports_a_run_does_without_torch(module: str) -> None:
+@pytest.mark.parametrize("module", ["run.scheduler", "run.plan", "report.parts", "report.tables"])
+def test_what_plans_starts_and_reports_a_run_does_without_torch(module: str) -> None:
     code = f"import sys, dfmpc.{module}; print(sorted({{'torch', 'triton'}} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
