@@ -91,19 +91,30 @@ def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:
 def layer_rows(row: ModelRow, manifest: Manifest, seconds: Mapping[str, float]) -> list[LayerRow]:
     """Return a row for every weight layer; ``seconds`` is what each took, empty for a reused artifact."""
     rows = [_layer_row(row, entry, seconds.get(entry.name)) for entry in manifest.layers]
-    return rows + [
-        LayerRow(**_task_of(row), name=name, role="kept", reason=manifest.kept[name]) for name in sorted(manifest.kept)
-    ]
+    return rows + [_kept_row(row, name, manifest.kept[name]) for name in sorted(manifest.kept)]
 
 
-def _task_of(row: ModelRow) -> dict[str, str]:
-    return {"run": row.run, "task": row.task, "model": row.model, "bit_plan": row.bit_plan, "attempt": row.attempt}
+def _kept_row(row: ModelRow, name: str, reason: str) -> LayerRow:
+    return LayerRow(
+        run=row.run,
+        task=row.task,
+        model=row.model,
+        bit_plan=row.bit_plan,
+        attempt=row.attempt,
+        name=name,
+        role="kept",
+        reason=reason,
+    )
 
 
 def _layer_row(row: ModelRow, entry: LayerEntry, seconds: float | None) -> LayerRow:
     c = entry.coefficients
     return LayerRow(
-        **_task_of(row),
+        run=row.run,
+        task=row.task,
+        model=row.model,
+        bit_plan=row.bit_plan,
+        attempt=row.attempt,
         name=entry.name,
         role=entry.role,
         reason=entry.reason,
