@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from .errors import DfmpcError, InterruptedRunError
+from .submit import submit
 
 if TYPE_CHECKING:
     from .job.loader import LoadedJob
@@ -113,7 +114,7 @@ def run(
 ) -> int:
     """Compress every model of JOB under every bit-plan; what is finished already is reused."""
     from .run.scheduler import RunOptions, run_job  # noqa: PLC0415
-    from .run.shards import array_note, parse_shard  # noqa: PLC0415
+    from .run.shards import parse_shard  # noqa: PLC0415
     from .show import run_json, run_text  # noqa: PLC0415
 
     options = RunOptions(
@@ -125,12 +126,15 @@ def run(
         explain=explain,
         shard=parse_shard(shard, os.environ) if shard is not None else None,
     )
-    if shard is None and (note := array_note(os.environ)):
-        print(f"dfmpc: note: {note}", file=sys.stderr)
     loaded = _load(job, output, allow_code)
     summary = run_job(loaded, options)
     print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary))
     return summary.exit_code
+
+
+app.command(epilog=_example("dfmpc submit nightly.yaml --slurm --shards 4 > nightly.sh", "sbatch nightly.sh"))(
+    _guarded(submit)
+)
 
 
 @app.command(epilog=_example("dfmpc plan jobs/quickstart.yaml"))
