@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from . import __version__
+from .artifact.exports.report import Format, Precision, Runtime
 from .errors import DfmpcError, InterruptedRunError
 from .submit import submit
 
@@ -211,14 +212,53 @@ def verify(
     path: Annotated[
         Path, typer.Argument(metavar="ARTIFACT|RUN|STORE", help="An artifact, or a run or a store: all of theirs.")
     ],
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(help="Also export to this runtime, in memory, and compare weights and outputs with dfmpc.load."),
+    ] = None,
+    allow_code: AllowCode = None,
     as_json: AsJson = False,
 ) -> int:
     """Check digests, that every code decodes, and bit counts. Exit code 4 where something is wrong."""
     from .show import verified_json, verified_text, verify_all  # noqa: PLC0415
 
-    results = verify_all(path)
-    print(verified_json(results) if as_json else verified_text(results))
+    results, compared = verify_all(path, in_onnxruntime=runtime is not None, allow_code=tuple(allow_code or ()))
+    print(verified_json(results, compared) if as_json else verified_text(results, compared))
     return 4 if any(result.findings for result in results) else 0
+
+
+@app.command(epilog=_example("dfmpc export store/quickstart/artifacts/efficientnet-lite0/rtn-4/* --format onnx"))
+@_guarded
+def export(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact's folder.")],
+    format: Annotated[
+        Format, typer.Option(help="Packed weights (onnx), or dequantized: a torch.export program, or tensors.")
+    ],
+    dtype: Annotated[Precision, typer.Option(help="Of what is dequantized; ONNX is always fp32.")] = Precision.FP32,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file, instead of MODEL-PLAN in the current folder.")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX: 21 or 25; by default 25 where a layer has two bits, else 21.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    allow_code: AllowCode = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write ARTIFACT as one file for other software, and say what had to be widened and what the file costs."""
+    from .artifact.exports.export import export as write_export  # noqa: PLC0415
+    from .show import existing_folder  # noqa: PLC0415
+
+    report = write_export(
+        existing_folder(artifact),
+        format,
+        output=output,
+        dtype=dtype,
+        opset=opset,
+        force=force,
+        allow_code=tuple(allow_code or ()),
+    )
+    print(report.to_json() if as_json else report.to_text())
 
 
 @app.command(epilog=_example("dfmpc schema > job.schema.json"))

@@ -17,6 +17,7 @@ from .report.rows import LayerRow, ModelRow
 from .report.tables import Table, TableColumn, counted, layers_table, models_table, render, summary, to_json
 
 if TYPE_CHECKING:
+    from .artifact.exports.parity import ParityResult
     from .artifact.manifest import Manifest
     from .artifact.verify import VerifyResult
     from .compress.budget.choose import SizedPoint
@@ -193,23 +194,40 @@ def artifact_text(manifest: Manifest) -> str:
     return "\n".join([*facts, render(layers_table(layer_rows(row, manifest, {})))])
 
 
-def verify_all(path: Path) -> list[VerifyResult]:
+def verify_all(
+    path: Path, *, in_onnxruntime: bool = False, allow_code: tuple[str, ...] = ()
+) -> tuple[list[VerifyResult], list[ParityResult]]:
     """Verify an artifact, every artifact of a run, or every one of a store; UsageError where ``path`` is none of them.
 
-    What the newest run of a store has in its report counts also where its folder has gone.
+    What the newest run of a store has in its report counts also where its folder has gone. ``in_onnxruntime`` also
+    compares whole artifacts, run by onnxruntime, with ``dfmpc.load``, which may need ``allow_code``.
     """
+    from .artifact.exports.extras import require_onnx  # noqa: PLC0415
+    from .artifact.verify import verify  # noqa: PLC0415 - brings in torch
+
+    folders = _artifacts_below(path)
+    if not in_onnxruntime:
+        return [verify(folder) for folder in folders], []
+    require_onnx()
+    from .artifact.exports.parity import with_parity  # noqa: PLC0415 - needs the extra
+
+    both = [with_parity(verify(folder), allow_code=allow_code) for folder in folders]
+    return [result for result, _ in both], [parity for _, parity in both if parity is not None]
+
+
+def _artifacts_below(path: Path) -> list[Path]:
     from .artifact.manifest import MANIFEST  # noqa: PLC0415 - brings in torch
-    from .artifact.verify import find_artifacts, verify  # noqa: PLC0415
+    from .artifact.verify import find_artifacts  # noqa: PLC0415
     from .run.store import find_run  # noqa: PLC0415
 
     existing_folder(path)
     if (path / MANIFEST).is_file() or (path / "model.safetensors").is_file():
-        return [verify(path)]
+        return [path]
     run = find_run(path)
     folders = {run.store.root / row.artifact for row in read_models(run.path) if row.artifact is not None}
     if run.path != path:
         folders |= set(find_artifacts(path))
-    return [verify(folder) for folder in sorted(folders)]
+    return sorted(folders)
 
 
 def existing_folder(path: Path) -> Path:
@@ -219,17 +237,19 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
-def verified_text(results: Sequence[VerifyResult]) -> str:
-    """Return a line an artifact and a line a finding."""
-    lines = [f"{'bad' if one.findings else 'good'}  {one.path}" for one in results]
+def verified_text(results: Sequence[VerifyResult], compared: Sequence[ParityResult] = ()) -> str:
+    """Return a line an artifact, a line of figures where it was compared in a runtime, and a line a finding."""
+    figures = {one.path: f"\n      {one.to_text()}" for one in compared}
+    lines = [f"{'bad' if one.findings else 'good'}  {one.path}{figures.get(one.path, '')}" for one in results]
     findings = [f"{one.path}: {finding}" for one in results for finding in one.findings]
     bad = sum(bool(one.findings) for one in results)
     return "\n".join([*lines, *findings, f"{counted(len(results), 'artifact')} checked, {bad} bad"])
 
 
-def verified_json(results: Sequence[VerifyResult]) -> str:
-    """Return the same as a document with artifacts: a list of the fields of VerifyResult."""
-    return _document(artifacts=[asdict(one) for one in results])
+def verified_json(results: Sequence[VerifyResult], compared: Sequence[ParityResult] = ()) -> str:
+    """Return the same as a document with artifacts (the fields of VerifyResult) and runtimes (of ParityResult)."""
+    runtimes = {"runtimes": [asdict(one) for one in compared]} if compared else {}
+    return _document(artifacts=[asdict(one) for one in results], **runtimes)
 
 
 def _document(**fields: Any) -> str:
