@@ -68,16 +68,20 @@ def sweep(store_root: Path) -> list[Path]:
     """
     attempts = store_root / ATTEMPTS
     with storing(attempts):
-        if not attempts.is_dir():
-            return []
-        found = sorted(attempts.iterdir())
-        dead = [path for path in found if path.is_dir() and _abandoned(path, owner_file(path))]
+        dead = abandoned(store_root)
         for path in dead:
             discard(path)
-        for path in found:
+        for path in sorted(attempts.iterdir()) if attempts.is_dir() else ():
             if path.is_file():
                 _sweep_lone_owner(path)
     return dead
+
+
+def abandoned(store_root: Path) -> list[Path]:
+    """Return the folders that ``sweep`` would remove now."""
+    attempts = store_root / ATTEMPTS
+    found = sorted(attempts.iterdir()) if attempts.is_dir() else []
+    return [path for path in found if path.is_dir() and _abandoned(path, owner_file(path))]
 
 
 def _sweep_lone_owner(path: Path) -> None:

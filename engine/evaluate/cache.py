@@ -53,7 +53,7 @@ class EvaluationCache:
 
     def keep(self, artifact_key: str, scores: Scores) -> Scores:
         """Keep ``scores`` for the artifact and return what the job asked for of them. Raises StorageError."""
-        content = json.dumps(asdict(scores), sort_keys=True, indent=1) + "\n"
+        content = json.dumps({"artifact": artifact_key} | asdict(scores), sort_keys=True, indent=1) + "\n"
         write_atomically(self._scores_file(artifact_key), content.encode())
         return self._as_asked(scores)
 
@@ -82,10 +82,12 @@ def cached_scores(settings: EvaluationSettings, *, store: Path, artifact_key: st
 def _read(file: Path) -> Scores | None:
     """Return what ``file`` holds; a file that is absent or no such record is made anew."""
     try:
-        return Scores(**json.loads(file.read_bytes()))
+        fields = json.loads(file.read_bytes())
+        fields.pop("artifact", None)  # for `dfmpc gc`, which cannot tell it from the file's name
+        return Scores(**fields)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         return None
     except OSError as error:
         raise StorageError(f"{file}: cannot be read ({error.strerror}): check the store's rights") from error
