@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from ..storage import write_durably
 from ..tensors import write_tensors
 from .report import Precision
 from .source import Captured, Source, capture_source
@@ -28,7 +27,7 @@ def write_program(path: Path, source: Source, dtype: Precision) -> Captured:
     # torch's own writer aborts the process where the disk is full
     archive = BytesIO()
     torch.export.save(captured.program, archive)
-    write_durably(path, archive.getvalue())
+    path.write_bytes(archive.getvalue())
     return captured
 
 
@@ -46,7 +45,7 @@ def write_state(path: Path, source: Source, dtype: Precision, *, pickled: bool) 
     # through memory, so that the name within the archive does not depend on the path
     file = BytesIO()
     torch.save(state, file)
-    write_durably(path, file.getvalue())
+    path.write_bytes(file.getvalue())
 
 
 def cast_state(state: dict[str, Tensor], dtype: Precision) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import UsageError
-from ..storage import fsync_folder, storing, write_durably
+from ..storage import fsync_file, fsync_folder, storing
 from .dequantized import write_program, write_state
 from .extras import require_onnx
 from .report import ExportReport, Format, Precision
@@ -82,6 +82,7 @@ def _placing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            fsync_file(temporary)
             os.replace(temporary, target)
             fsync_folder(target.parent)
         finally:
@@ -112,7 +113,7 @@ def _write_onnx(path: Path, source: Source, opset: int | None, report: ExportRep
     from .graph import build_onnx  # noqa: PLC0415 - needs the extra
 
     model = build_onnx(source, opset)
-    write_durably(path, model.to_bytes())
+    path.write_bytes(model.to_bytes())
     return replace(
         report,
         batch=model.batch,

@@ -69,7 +69,7 @@ def build_onnx(source: Source, opset: int | None = None) -> OnnxModel:
         raise UnsupportedModelError(
             f"{manifest.model}: {proto.ByteSize()} bytes as ONNX, a file holds 2 GiB; use --format state-dict or pt2"
         )
-    onnx.checker.check_model(proto, full_check=True)
+    _check(proto)
     return OnnxModel(proto, captured.batch, opset, layers)
 
 
@@ -150,6 +150,15 @@ def _settle(proto: onnx.ModelProto, manifest: Manifest, opset: int) -> None:
     _name_batch(proto)
 
 
+def _check(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UnsupportedModelError(
+            f"{proto.graph.name}: torch.onnx gave a graph that is no valid ONNX: {error}; use --format pt2 or state-dict"
+        ) from error
+
+
 def _name_batch(proto: onnx.ModelProto) -> None:
     first = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*proto.graph.input, *proto.graph.output):
@@ -174,14 +183,13 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _naming(program: ExportedProgram) -> Iterator[None]:
     """Turn torch.onnx's errors into one that names operation and layer."""
-    nodes = {node.name: node for node in program.graph.nodes}
     try:
         yield
     except OnnxExporterError as error:
         text = "\n".join(str(one) for one in _chain(error))
         found = re.search(r"node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)", text)
         operation = found[2] if found else "an operation"
-        node = nodes.get(found[1]) if found else None
+        node = _find(program, found[1]) if found else None
         reason = next((line for line in str(_chain(error)[-1]).splitlines() if line), type(error).__name__)
         raise UnsupportedModelError(
             f"{operation} in layer {_layer_of(node)} cannot be written as ONNX: {reason:.300}; "
@@ -194,6 +202,12 @@ def _chain(error: BaseException) -> list[BaseException]:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     return chain
+
+
+def _find(program: ExportedProgram, name: str) -> fx.Node | None:
+    """Return the node that torch.onnx calls ``name``, which may be a part of what it takes an operation apart into."""
+    whole = {node.name: node for node in program.graph.nodes}
+    return whole.get(name) or {node.name: node for node in program.run_decompositions().graph.nodes}.get(name)
 
 
 def _layer_of(node: fx.Node | None) -> str:
