@@ -274,7 +274,6 @@ def wishes_of(arguments: argparse.Namespace) -> Wishes:
 def main(given: Sequence[str] | None = None) -> int:
     """Write a registry; 2 for arguments that cannot be carried out."""
     arguments = parser().parse_args(given)
-    torch.set_num_threads(1)  # the order of sums, hence bytes, would depend on it
     try:
         networks = write_registry(arguments.out, wishes_of(arguments))
     except DfmpcError as error:

@@ -89,7 +89,7 @@ def measure_run(
     Raises RunFailedError with the log's last lines where it does not end with 0 in ``timeout_s``.
     """
     allowed = [text for folder in allow_code for text in ("--allow-code", str(folder))]
-    command = [*_COMMAND, str(job), "--output", str(store), "--devices", ",".join(devices), *allowed, "--json"]
+    command = [*_COMMAND, str(job), "--output", str(store), "--devices", ",".join(devices), *allowed]
     busy, used, launched = _busy_cpu_s(), _own_cpu_s(), time.time()
     samples = _watched(command, log, timeout_s)
     ended = time.time()
