@@ -155,7 +155,8 @@ def _check(proto: onnx.ModelProto) -> None:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UnsupportedModelError(
-            f"{proto.graph.name}: torch.onnx gave a graph that is no valid ONNX: {error}; use --format pt2 or state-dict"
+            f"{proto.graph.name}: torch.onnx gave a graph that is no valid ONNX: {error}; "
+            "use --format pt2 or state-dict"
         ) from error
 
 
@@ -187,9 +188,9 @@ def _naming(program: ExportedProgram) -> Iterator[None]:
         yield
     except OnnxExporterError as error:
         text = "\n".join(str(one) for one in _chain(error))
-        found = re.search(r"node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)", text)
+        found = re.search(r"node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)\]\((?:args = \(%(\w+))?", text)
         operation = found[2] if found else "an operation"
-        node = _find(program, found[1]) if found else None
+        node = _find(program, found[1], found[3]) if found else None
         reason = next((line for line in str(_chain(error)[-1]).splitlines() if line), type(error).__name__)
         raise UnsupportedModelError(
             f"{operation} in layer {_layer_of(node)} cannot be written as ONNX: {reason:.300}; "
@@ -204,10 +205,13 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _find(program: ExportedProgram, name: str) -> fx.Node | None:
-    """Return the node that torch.onnx calls ``name``, which may be a part of what it takes an operation apart into."""
-    whole = {node.name: node for node in program.graph.nodes}
-    return whole.get(name) or {node.name: node for node in program.run_decompositions().graph.nodes}.get(name)
+def _find(program: ExportedProgram, name: str, read: str | None) -> fx.Node | None:
+    """Return the node ``name``; where torch.onnx made it out of another, the only one that reads ``read``, if any."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    if name in nodes:
+        return nodes[name]
+    readers = list(nodes[read].users) if read in nodes else []
+    return readers[0] if len(readers) == 1 else None
 
 
 def _layer_of(node: fx.Node | None) -> str:
