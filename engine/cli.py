@@ -15,6 +15,7 @@ import typer
 from . import __version__
 from .artifact.exports.report import Format, Precision, Runtime
 from .errors import DfmpcError, InterruptedRunError
+from .housekeeping import gc, status
 from .submit import submit
 
 if TYPE_CHECKING:
@@ -111,6 +112,13 @@ def run(
             metavar="I/N|auto|auto/N", help="Only part I (from 0) of N; auto takes I from Slurm or Kubernetes."
         ),
     ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="What tasks at work may take to end after a signal.")
+    ] = 20.0,
+    deadline: Annotated[
+        str | None,
+        typer.Option(metavar="2h30m|TIME|auto", help="Start nothing that would not end by then; auto: Slurm's limit."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compress every model of JOB under every bit-plan; what is finished already is reused."""
@@ -126,6 +134,8 @@ def run(
         progress=True,
         explain=explain,
         shard=parse_shard(shard, os.environ) if shard is not None else None,
+        grace_s=grace,
+        deadline=deadline,
     )
     loaded = _load(job, output, allow_code)
     summary = run_job(loaded, options)
@@ -166,15 +176,7 @@ def plan(
     return 3 if planned.problems or (chosen is not None and chosen.problems) else 0
 
 
-@app.command(epilog=_example("dfmpc status store/quickstart"))
-@_guarded
-def status(run: RunPath, as_json: AsJson = False) -> None:
-    """Show how far RUN is: how many tasks are done, reused, failed, running or waiting."""
-    from .run.status import read_status  # noqa: PLC0415
-    from .show import status_json, status_text  # noqa: PLC0415
-
-    state = read_status(run)
-    print(status_json(state) if as_json else status_text(state))
+app.command(epilog=_example("dfmpc status store/quickstart", "dfmpc status store/quickstart --watch"))(_guarded(status))
 
 
 @app.command(epilog=_example("dfmpc report store/quickstart --layers --only '*/rtn-4'"))
@@ -259,6 +261,9 @@ def export(
         allow_code=tuple(allow_code or ()),
     )
     print(report.to_json() if as_json else report.to_text())
+
+
+app.command(epilog=_example("dfmpc gc store/nightly --keep-last 3 --runs-older-than 90d"))(_guarded(gc))
 
 
 @app.command(epilog=_example("dfmpc schema > job.schema.json"))
