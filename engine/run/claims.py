@@ -26,7 +26,8 @@ FIRST = "none"
 """Stands for the run before the first one."""
 _TRIES = 64
 _RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
-_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
+"""What a rename says where the run is there; ENOENT, where NFS has renamed, lost the answer and asked again."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 

