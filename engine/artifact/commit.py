@@ -8,9 +8,10 @@ import uuid
 from pathlib import Path
 
 from ..errors import StorageError
+from ..faults import reach
 from .attempts import discard, new_attempt, owner_file, remove, sweep
-from .manifest import damage
-from .storage import fsync_folder, storing
+from .manifest import MANIFEST, damage
+from .storage import fsync_file, fsync_folder, storing
 
 __all__ = ["commit", "discard", "new_attempt", "sweep"]
 
@@ -19,16 +20,20 @@ _TRIES = 16
 
 
 def commit(attempt: Path, target: Path) -> bool:
-    """Rename the finished ``attempt`` to ``target``; return False where somebody else's artifact is there already.
+    """Bring the written ``attempt`` to the disk, the manifest last, and rename it to ``target``.
+
+    Returns False where somebody else's artifact is there already.
 
     An existing artifact is checked (manifest, sizes and digests) and ours dropped; a broken one is moved into
     ``.attempts`` and replaced. Raises StorageError.
     """
     with storing(target):
-        fsync_folder(attempt)
+        _bring_to_disk(attempt)
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(_TRIES):
+            reach("before-rename")
             if _rename(attempt, target):
+                reach("after-rename")
                 _settle(attempt, target)
                 return True
             if not damage(target):
@@ -36,6 +41,12 @@ def commit(attempt: Path, target: Path) -> bool:
                 return False
             _move_aside(target, attempt.parent)
     raise StorageError(f"{target}: something else keeps writing here; stop it or choose another --output")
+
+
+def _bring_to_disk(attempt: Path) -> None:
+    for file in sorted(attempt.iterdir(), key=lambda file: file.name == MANIFEST):
+        fsync_file(file)
+    fsync_folder(attempt)
 
 
 def _rename(source: Path, target: Path) -> bool:

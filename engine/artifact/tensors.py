@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError, UnsupportedModelError
+from ..faults import reach
 from .manifest import FileEntry
 
 _CHUNK = 16 * 2**20
@@ -40,7 +40,7 @@ _WIDTHS = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
-    """Write a new safetensors file, bring it to the disk and return its size and sha256.
+    """Write a new safetensors file and return its size and sha256; it is not yet brought to the disk.
 
     Wider elements come first, so that all are aligned; names are in order within a width. Raises OSError, and
     UnsupportedModelError for a dtype that the format lacks.
@@ -52,8 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            reach("mid-pack")
     return FileEntry(size=size, sha256=digest.hexdigest())
 
 

@@ -11,12 +11,13 @@ from torch.export import ExportedProgram
 
 from ..compress.result import Compressed
 from ..errors import ArtifactError
+from ..faults import reach
 from ..job.expand import Task
 from ..models.load import LoadedModel, save_placeholder_program
 from .describe import make_manifest, weight_parts
 from .key import TaskKey
 from .manifest import MANIFEST, METADATA, PROGRAM, TENSORS, FileEntry, Manifest
-from .storage import fsync_file, fsync_folder, storing, write_durably
+from .storage import storing
 from .tensors import write_tensors
 
 
@@ -25,15 +26,18 @@ def write_artifact(folder: Path, *, model: LoadedModel, compressed: Compressed, 
 
     The checkpoint's tensors keep name and dtype; ``compressed.tensors`` (float32) replace theirs, and a quantized
     weight gives way to ``<weight>.codes`` (uint8 [rows, row_bytes]), ``.scale`` and, where there are, ``.zero_point``
-    and ``.input_scale`` (float32). The same key gives the same bytes. Raises StorageError.
+    and ``.input_scale`` (float32). The same key gives the same bytes. The disk may not have them yet: ``commit`` sees
+    to that. Raises StorageError.
     """
     with storing(folder):
         files = {TENSORS: write_tensors(folder / TENSORS, stored_tensors(model.state, compressed), METADATA)}
         if model.program is not None:
             files[PROGRAM] = _write_program(model.program, folder / PROGRAM)
         manifest = make_manifest(model=model, compressed=compressed, task=task, key=key, files=files)
-        write_durably(folder / MANIFEST, manifest.to_json().encode("utf-8"))
-        fsync_folder(folder)
+        reach("before-manifest")
+        with (folder / MANIFEST).open("xb") as file:
+            file.write(manifest.to_json().encode("utf-8"))
+        reach("after-manifest")
     return manifest
 
 
@@ -54,7 +58,6 @@ def stored_tensors(state: Mapping[str, Tensor], compressed: Compressed) -> dict[
 
 def _write_program(program: ExportedProgram, path: Path) -> FileEntry:
     save_placeholder_program(program, path)
-    fsync_file(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(size=path.stat().st_size, sha256=digest)

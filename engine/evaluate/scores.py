@@ -30,12 +30,14 @@ def evaluate_artifact(
     artifact_key: str,
     model_key: str,
     device: str = "cpu",
+    divisor: int = 1,
 ) -> Scores:
     """Return the scores of one artifact against its original network.
 
     ``artifact`` and ``original`` build the modules and are called only where ``<store>/evaluations/`` does not have
     the scores or the original's logits: the original is evaluated once for all of a model's artifacts and runs.
-    ``model_key`` identifies the original (digest of its inputs and factory), ``artifact_key`` the artifact.
+    ``model_key`` identifies the original (digest of its inputs and factory), ``artifact_key`` the artifact. Batches
+    are divided by ``divisor`` where the device's memory is short, which may show in the last bits of logits.
 
     Raises DataError where the images cannot be used, NonFiniteError where a network gives NaN or Inf,
     UnsupportedModelError where it gives no logits, StorageError where the cache cannot be written.
@@ -45,8 +47,8 @@ def evaluate_artifact(
     if scores is not None:
         return scores
     images = None if settings.data is None else read_images(settings.data, settings.limit, settings.hold_out)
-    before = _original_logits(cache.logits_file(model_key, device), original, settings, images, device)
-    after = logits(artifact(), _batches(settings, images), device, name="the compressed network")
+    before = _original_logits(cache.logits_file(model_key, device), original, settings, images, device, divisor)
+    after = logits(artifact(), _batches(settings, images, divisor), device, name="the compressed network")
     return cache.keep(artifact_key, _compare(before, after, settings, images))
 
 
@@ -80,24 +82,30 @@ def _with_accuracy(scores: Scores, before: Tensor, after: Tensor, images: ImageS
 
 
 def _original_logits(
-    file: Path, original: Callable[[], nn.Module], settings: EvaluationSettings, images: ImageSet | None, device: str
+    file: Path,
+    original: Callable[[], nn.Module],
+    settings: EvaluationSettings,
+    images: ImageSet | None,
+    device: str,
+    divisor: int,
 ) -> Tensor:
     cached = _cached_logits(file)
     if cached is not None:
         return cached
-    found = logits(original(), _batches(settings, images), device, name="the original network")
+    found = logits(original(), _batches(settings, images, divisor), device, name="the original network")
     write_atomically(file, save({"logits": found}))
     return found
 
 
-def _batches(settings: EvaluationSettings, images: ImageSet | None) -> Iterator[Tensor]:
+def _batches(settings: EvaluationSettings, images: ImageSet | None, divisor: int) -> Iterator[Tensor]:
+    size = max(1, settings.batch_size // divisor)
     if images is not None:
-        for batch in batches(images, settings.preprocess, settings.batch_size, settings.shape):
+        for batch in batches(images, settings.preprocess, size, settings.shape):
             yield batch.images
         return
     noise = _noise(settings)
-    for start in range(0, len(noise), settings.batch_size):
-        yield noise[start : start + settings.batch_size]
+    for start in range(0, len(noise), size):
+        yield noise[start : start + size]
 
 
 def _noise(settings: EvaluationSettings) -> Tensor:

@@ -88,10 +88,22 @@ class Resources(Strict):
     threads: int = Field(
         1, ge=1, le=256, description="Threads a worker computes with; published recipes compress with one."
     )
+    workers_per_device: int | None = Field(
+        None, ge=1, le=256, description="Workers a device; default: up to four a GPU, on a CPU what its cores can feed."
+    )
+    reader_threads: int = Field(2, ge=1, le=64, description="Threads a worker reads and hashes inputs with.")
     host_memory: ByteSize | None = Field(
-        None, description="Refuse to start a model whose predicted memory is above this, such as 16GiB."
+        None,
+        description="Predicted memory that tasks at work may have together, such as 16GiB; a model above is refused. "
+        "Default: nine tenths of what is free, and what is larger runs alone.",
     )
     task_timeout: Seconds | None = Field(None, description="Longest time for one task, such as 30m.")
+    stuck_after: Seconds = Field(
+        300, description="A worker that neither computes nor reads for so long is killed and its task tried once more."
+    )
+    cpu_fallback: bool = Field(
+        False, description="Whether a task that no GPU has the memory for may be tried on the CPU in the end."
+    )
 
 
 class LayerRule(Strict):

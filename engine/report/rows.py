@@ -39,6 +39,12 @@ class ModelRow:
     artifact: Annotated[str | None, Column("Folder of the artifact, relative to the store.")] = None
     error_class: Annotated[str | None, Column("Class of the error of a failed task.")] = None
     error: Annotated[str | None, Column("Text of the error.")] = None
+    failure: Annotated[
+        str | None, Column("Class of the failure, which decides whether it is tried again (docs/engine.md).")
+    ] = None
+    attempts: Annotated[
+        int | None, Column("How often a failed task was tried in this command; null elsewhere.", "count")
+    ] = None
     params: Annotated[int | None, Column("Weights and other parameters of the model.", "count")] = None
     pairs: Annotated[
         int | None, Column("Pairs of a LOW and a HIGH layer; 0 for rtn, which repairs nothing.", "count")

@@ -11,12 +11,13 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from .. import faults
 from ..artifact.owner import Owner
 from ..errors import StorageError
 from .store import RunFolder
@@ -32,6 +33,9 @@ class Kind(StrEnum):
     RUN_FINISHED = "run_finished"
     INTERRUPTED = "interrupted"
     WORKER_DIED = "worker_died"
+    ATTEMPT_FAILED = "attempt_failed"
+    """A worker's word; what follows from it, another attempt or a failed task, is the scheduler's."""
+    DEVICE_CORDONED = "device_cordoned"
 
 
 _BRIEF = frozenset({Kind.TASK_STARTED})
@@ -53,6 +57,8 @@ class Event:
     error_class: str = ""
     error: str = ""
     device: str = ""
+    failure: str = ""
+    """Class of the failure (run/failures.py)."""
     process: str = ""
     """Name of the writer's file, which is not written into it."""
 
@@ -85,15 +91,22 @@ class Ledger:
 
     def append(self, event: Event) -> None:
         """Append ``event`` with the present time in one write; StorageError where it cannot be kept."""
+        self.append_all([event])
+
+    def append_all(self, events: Sequence[Event]) -> None:
+        """Append ``events`` with the present time, a write each, and bring them to the disk once."""
         try:
             if self._file is None:
                 self._file = self._open()
-            _write(self._file, {name: value for name, value in asdict(event).items() if value and name != "process"})
-            if event.kind not in _BRIEF:
+            for event in events:
+                _write(
+                    self._file, {name: value for name, value in asdict(event).items() if value and name != "process"}
+                )
+            if any(event.kind not in _BRIEF for event in events):
                 os.fsync(self._file)
         except OSError as error:
             raise StorageError(
-                f"{self._path}: {event.kind} cannot be recorded ({error.strerror}); free space"
+                f"{self._path}: {events[0].kind} cannot be recorded ({error.strerror}); free space"
             ) from error
 
     def _open(self) -> int:
@@ -113,7 +126,11 @@ def _write(file: int, content: Mapping[str, object]) -> None:
     stamped = {"at": datetime.now(UTC).isoformat(timespec="microseconds"), **content}
     # The leading line break ends whatever a crash or a full disk tore off before.
     line = b"\n" + json.dumps(stamped).encode() + b"\n"
-    if os.write(file, line) != len(line):
+    torn = len(line) // 2 if faults.armed("mid-ledger-line") else 0
+    if torn:
+        os.write(file, line[:torn])
+        faults.reach("mid-ledger-line")
+    if os.write(file, line[torn:]) != len(line) - torn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -170,7 +187,12 @@ def fold_events(events: Iterable[Event]) -> dict[str, TaskState]:
     return states
 
 
-_STATUS = {Kind.TASK_STARTED: "running", Kind.TASK_FINISHED: "done", Kind.TASK_FAILED: "failed"}
+_STATUS = {
+    Kind.TASK_STARTED: "running",
+    Kind.ATTEMPT_FAILED: "waiting",
+    Kind.TASK_FINISHED: "done",
+    Kind.TASK_FAILED: "failed",
+}
 
 
 def _after(state: TaskState, event: Event) -> TaskState:

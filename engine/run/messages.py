@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..job.expand import Task
 from ..job.schema import Evaluate, Gates
 from ..report.rows import ModelRow
+from .failures import Failure, Mode
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,58 @@ class WorkerSettings:
 
     run: Path
     device: str
+    """Its name in reports, such as cuda:3."""
     threads: int
     allow_code: tuple[str, ...]
     evaluate: Evaluate | None
     gates: Gates
     seed: int
     parent: int
+    visible: str | None = None
+    """What CUDA_VISIBLE_DEVICES is for this worker alone, where it is set for each: one GPU or one MIG slice."""
+    readers: int = 2
+    """Threads that read and hash."""
+    read_ahead: float = 2**30
+    """Bytes of inputs that may be in memory, that of the model at work included, for the next one to be read ahead."""
+    warm: bool = False
+    """Compile the kernels before the first task, into the cache that the others then find."""
+
+    @property
+    def computes_on(self) -> str:
+        """The device by the name that torch has for it in the worker."""
+        return "cuda:0" if self.visible is not None and self.device.startswith("cuda") else self.device
 
 
 @dataclass(frozen=True)
-class RunGroup:
-    """Scheduler to worker: do these tasks of one model, in order."""
+class RunTask:
+    """Scheduler to worker: do this task after those it already has."""
 
-    tasks: tuple[Task, ...]
+    task: Task
+    mode: Mode = field(default_factory=Mode)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Scheduler to worker: give back what has not been begun."""
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Worker to scheduler: these tasks will not be begun."""
+
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Worker to scheduler: it can compute. ``device_bytes`` is the memory of its device that may be used."""
+
+    device_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Worker to scheduler: it has done something since the last word."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +84,18 @@ class TaskOutcome:
     """Worker to scheduler: an attempt ended, and this is its row."""
 
     row: ModelRow
+    failure: Failure | None = None
+    """Class of the failure; None where there was none."""
     explanation: str = ""
     """Why the task was not reused; empty where it was."""
     problem: str = ""
     """What the user hears of at once: what could not be kept on disk, or an altered artifact in the store."""
-    poisoned: bool = False
-    """True where the process cannot go on (a device error sticks to the process): the worker ends after this."""
+
+    @property
+    def poisoned(self) -> bool:
+        """True where the process cannot go on (a device error sticks to the process): the worker ends after this."""
+        return self.failure is Failure.POISONED
 
 
-Message = Started | TaskOutcome
+ToWorker = WorkerSettings | RunTask | Recall
+Message = Ready | Alive | Started | Recalled | TaskOutcome

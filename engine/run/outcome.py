@@ -46,9 +46,14 @@ def failed(row: ModelRow, error: BaseException) -> ModelRow:
     )
 
 
-def with_manifest(row: ModelRow, manifest: Manifest, store: Path, folder: Path, bytes_before: int) -> ModelRow:
-    """Add what the artifact in ``folder`` says of itself; ``bytes_before`` is the size of the checkpoint's files."""
-    bytes_after = manifest.bytes + (folder / "manifest.json").stat().st_size
+def with_manifest(
+    row: ModelRow, manifest: Manifest, store: Path, folder: Path, lies_in: Path, bytes_before: int
+) -> ModelRow:
+    """Add what the artifact at ``folder`` says of itself; ``bytes_before`` is the size of the checkpoint's files.
+
+    ``lies_in`` is where its files are now: an attempt's folder before it is committed.
+    """
+    bytes_after = manifest.bytes + (lies_in / "manifest.json").stat().st_size
     return replace(
         row,
         recipe=manifest.recipe or None,

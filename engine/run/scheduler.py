@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..artifact.attempts import sweep
 from ..errors import HostMemoryError, InterruptedRunError, StorageError
@@ -18,13 +20,17 @@ from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
-from .schedule.devices import device_slots
-from .schedule.dispatch import Dispatcher
+from .schedule.board import Board, Item
+from .schedule.deadline import Deadline, parse_deadline
+from .schedule.devices import device_slots, workers_on
+from .schedule.dispatch import Dispatcher, Limits
 from .schedule.interrupts import Interrupts
 from .schedule.progress import Progress
+from .schedule.reserve import Promises, available_host_bytes
 from .schedule.slots import make_slots
-from .shards import Shard
-from .sizes import predicted_host_bytes, source_bytes
+from .schedule.tally import Rules, Tally
+from .shards import Shard, array_note
+from .sizes import predicted_device_bytes, predicted_host_bytes
 from .store import FrozenRun, Store, freeze
 
 _GIB = 2**30
@@ -48,6 +54,11 @@ class RunOptions:
     """Collect why tasks were not reused."""
     shard: Shard | None = None
     """Do this part of the list only."""
+    grace_s: float = 20.0
+    """Seconds that tasks at work may go on after a signal or before the deadline."""
+    deadline: str | None = None
+    """When the run has to be over: a duration, a time, or auto (the end of the Slurm job)."""
+    executor: Literal["local", "ray"] = "local"
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,10 @@ class RunSummary:
     resumed: bool = False
     unmatched: list[str] = field(default_factory=list)
     """The layer rules that match no layer, a sentence each; they were said on stderr too."""
+    log_tails: dict[str, list[str]] = field(default_factory=dict)
+    """The last lines of the logs of the tasks that failed now, by task id."""
+    stopped: str = ""
+    """Why tasks are left, in words; empty where none is."""
 
 
 def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary:
@@ -70,7 +85,9 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     written. What fails later is in the rows.
     """
     tasks = choose(expand(loaded), options.only)
-    devices = device_slots(options.devices or _devices_of(loaded))
+    asked = options.devices or loaded.job.resources.devices
+    devices = device_slots(asked)
+    end = parse_deadline(options.deadline, os.environ)
     store = Store(loaded.store)
     store.prepare()
     frozen = freeze(loaded, tasks)
@@ -78,15 +95,12 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     if options.shard is not None:
         joined = joined.part(options.shard)
     with Interrupts() as interrupts:
-        dispatcher = _carry_out(loaded, joined, frozen, devices, options, interrupts)
-        summary = _summary(joined, frozen, dispatcher, options)
+        run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s))
+        stopped = run.carry_out(devices, asked, interrupts)
+        summary = run.summary(stopped)
     for text in summary.unmatched:
         print(f"dfmpc: warning: {text}", file=sys.stderr)
     return summary
-
-
-def _devices_of(loaded: LoadedJob) -> str | list[str]:
-    return loaded.job.resources.devices
 
 
 def sweep_leftovers(store: Store, progress: Progress) -> None:
@@ -97,101 +111,106 @@ def sweep_leftovers(store: Store, progress: Progress) -> None:
         progress.note(f"warning: leftovers stay: {error}")
 
 
-def _carry_out(
-    loaded: LoadedJob,
-    joined: JoinedRun,
-    frozen: FrozenRun,
-    devices: Sequence[str],
-    options: RunOptions,
-    interrupts: Interrupts,
-) -> Dispatcher:
-    resources, ledger = loaded.job.resources, Ledger(joined.run)
-    settings = WorkerSettings(
-        run=joined.run.path,
-        device="cpu",
-        threads=resources.threads,
-        allow_code=options.allow_code,
-        evaluate=frozen.evaluate,
-        gates=frozen.gates,
-        seed=frozen.seed,
-        parent=0,
-    )
-    sizes = {task.id: source_bytes(task.model) for task in joined.open_tasks}
-    progress = Progress(sizes, shown=options.progress)
-    dispatcher = Dispatcher(joined.run, make_slots(devices, settings), ledger, progress, resources.task_timeout)
-    try:
-        if joined.resumed:
-            progress.note(f"goes on with run {joined.run.path}: {counted(len(joined.open_tasks), 'task')} to do")
-        sweep_leftovers(joined.run.store, progress)
-        dispatcher.record(Event(Kind.RUN_STARTED))
-        groups = _refuse_large(dispatcher, grouped(joined.open_tasks, sizes), sizes, resources.host_memory)
-        dispatcher.work(groups, interrupts)
-        if _left(joined, dispatcher):
-            sweep_leftovers(joined.run.store, progress)
-            progress.note(_interrupted_text(joined, dispatcher, interrupts))
-        else:  # a signal that comes after the last task interrupts nothing
-            dispatcher.record(Event(Kind.RUN_FINISHED))
-    finally:
-        progress.close()
-        ledger.close()
-    return dispatcher
+class _Run:
+    """This command's part of a run, from its open tasks to its summary."""
 
+    def __init__(
+        self, loaded: LoadedJob, joined: JoinedRun, frozen: FrozenRun, options: RunOptions, deadline: Deadline
+    ) -> None:
+        self._joined, self._frozen, self._options, self._deadline = joined, frozen, options, deadline
+        self._resources, self._store = loaded.job.resources, joined.run.store
+        self._ledger = Ledger(joined.run)
+        sizes = {task.id: joined.bytes.get(task.model.name, 0) for task in joined.open_tasks}
+        self._progress = Progress(sizes, shown=options.progress)
+        self._board = Board(_items(joined.open_tasks, sizes))
+        rules = Rules(cpu_fallback=self._resources.cpu_fallback)
+        self._tally = Tally(joined.run, self._board, self._ledger, self._progress, deadline, rules)
 
-def grouped(tasks: Sequence[Task], sizes: Mapping[str, int]) -> list[list[Task]]:
-    """Return the tasks by model, the largest model first: the last worker to finish then has little left."""
-    groups: dict[str, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.model.name, []).append(task)
-    return sorted(groups.values(), key=lambda group: -sizes[group[0].id])
+    def carry_out(self, devices: Sequence[str], asked: str | Sequence[str], interrupts: Interrupts) -> str:
+        """Do the open tasks; return why some are left, empty where none is."""
+        try:
+            self._begin()
+            stopped = self._dispatcher(devices, asked).work(interrupts) if self._board else ""
+            sweep_leftovers(self._store, self._progress)
+            if stopped:
+                self._progress.note(self._interrupted_text(stopped))
+            elif not self._board:  # a signal that comes after the last task interrupts nothing
+                self._tally.record(Event(Kind.RUN_FINISHED))
+        finally:
+            self._progress.close()
+            self._ledger.close()
+        return stopped
 
-
-def _refuse_large(
-    dispatcher: Dispatcher, groups: list[list[Task]], sizes: Mapping[str, int], limit: float | None
-) -> list[list[Task]]:
-    """Fail the tasks of models that would not fit into ``limit`` bytes; return the other groups."""
-    fitting = []
-    for group in groups:
-        predicted = predicted_host_bytes(sizes[group[0].id], [task.plan for task in group])
-        if limit is None or predicted <= limit:
-            fitting.append(group)
-            continue
-        error = HostMemoryError(
-            f"{group[0].model.name} is predicted to need {predicted / _GIB:.2f} GiB of memory "
-            "(4 x checkpoint + 600 MB, 2 GB more for recipes that forward images), "
-            f"resources.host_memory is {limit / _GIB:.2f} GiB: raise it, or leave the model out"
+    def summary(self, stopped: str) -> RunSummary:
+        """Return what came of this command's part of the list."""
+        joined, tally = self._joined, self._tally
+        # a row that a full disk kept out of the report is still in memory
+        rows = {row.task: row for row in read_models(joined.run.path)} | tally.rows
+        ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
+        incomplete = bool(stopped) or any(task.id not in rows for task in self._frozen.tasks)
+        return RunSummary(
+            run=joined.run.path,
+            rows=ordered,
+            exit_code=InterruptedRunError.exit_code if stopped else exit_code_of(ordered),
+            explanations=tally.explanations if self._options.explain else [],
+            resumed=joined.resumed,
+            unmatched=[] if incomplete else unmatched_rules(joined.run.path, self._frozen.tasks[0].layers),
+            log_tails=tally.log_tails,
+            stopped=stopped,
         )
-        for task in group:
-            dispatcher.fail(task, error)
-    return fitting
+
+    def _begin(self) -> None:
+        joined = self._joined
+        if joined.resumed:
+            self._progress.note(f"goes on with run {joined.run.path}: {counted(len(joined.open_tasks), 'task')} to do")
+        note = array_note(os.environ) if self._options.shard is None else None
+        if note:
+            self._progress.note(note)
+        sweep_leftovers(self._store, self._progress)
+        self._tally.record(Event(Kind.RUN_STARTED))
+        _refuse_large(self._board, self._tally, self._resources.host_memory)
+
+    def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher:
+        resources, options = self._resources, self._options
+        host_bytes = resources.host_memory or available_host_bytes()
+        each = workers_on(devices, asked, resources.workers_per_device, resources.threads)
+        settings = WorkerSettings(
+            run=self._joined.run.path,
+            device="cpu",
+            threads=resources.threads,
+            allow_code=options.allow_code,
+            evaluate=self._frozen.evaluate,
+            gates=self._frozen.gates,
+            seed=self._frozen.seed,
+            parent=0,
+            readers=resources.reader_threads,
+            read_ahead=(host_bytes or 16 * _GIB) / (2 * each * len(devices)),
+        )
+        promises = Promises(host_bytes, devices)
+        limits = Limits(resources.task_timeout, resources.stuck_after, options.grace_s)
+        slots = make_slots(devices, each, settings)
+        return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits)
+
+    def _interrupted_text(self, stopped: str) -> str:
+        left = counted(len(self._board), "task")
+        return f"{stopped}; {left} left; what is finished is kept, the same command resumes {self._joined.run.path}"
 
 
-def _left(joined: JoinedRun, dispatcher: Dispatcher) -> int:
-    return sum(task.id not in dispatcher.settled for task in joined.open_tasks)
+def _items(tasks: Sequence[Task], sizes: Mapping[str, int]) -> Iterator[Item]:
+    for task in tasks:
+        size = sizes[task.id]
+        yield Item(task, size, predicted_host_bytes(size, [task.plan]), predicted_device_bytes(size, [task.plan]))
 
 
-def _interrupted_text(joined: JoinedRun, dispatcher: Dispatcher, interrupts: Interrupts) -> str:
-    left = counted(_left(joined, dispatcher), "task")
-    error = InterruptedRunError(
-        f"interrupted by {interrupts.received} with {left} left; what is finished is kept, "
-        f"the same command resumes {joined.run.path}"
-    )
-    return str(error)
-
-
-def _summary(joined: JoinedRun, frozen: FrozenRun, dispatcher: Dispatcher, options: RunOptions) -> RunSummary:
-    interrupted = _left(joined, dispatcher) > 0
-    # a row that a full disk kept out of the report is still in memory
-    rows = {row.task: row for row in read_models(joined.run.path)} | dispatcher.rows
-    ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
-    incomplete = interrupted or any(task.id not in rows for task in frozen.tasks)
-    return RunSummary(
-        run=joined.run.path,
-        rows=ordered,
-        exit_code=InterruptedRunError.exit_code if interrupted else exit_code_of(ordered),
-        explanations=dispatcher.explanations if options.explain else [],
-        resumed=joined.resumed,
-        unmatched=[] if incomplete else unmatched_rules(joined.run.path, frozen.tasks[0].layers),
-    )
+def _refuse_large(board: Board, tally: Tally, limit: float | None) -> None:
+    """Fail the tasks that would not fit into ``limit`` bytes of host memory even alone."""
+    for item in board.withdraw(lambda item: limit is not None and item.host_bytes > limit):
+        error = HostMemoryError(
+            f"{item.model} is predicted to need {item.host_bytes / _GIB:.2f} GiB of memory "
+            "(4 x checkpoint + 600 MB, 2 GB more for recipes that forward images), "
+            f"resources.host_memory is {(limit or 0) / _GIB:.2f} GiB: raise it, or leave the model out"
+        )
+        tally.fail(item.task, error)
 
 
 def exit_code_of(rows: Sequence[ModelRow]) -> int:

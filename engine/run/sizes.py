@@ -58,3 +58,11 @@ def predicted_host_bytes(checkpoint_bytes: int, plans: Iterable[BitPlan] = ()) -
     """
     heavy = any(isinstance(plan, DfmpcPlan) and steps_of(plan).factorises for plan in plans)
     return 4 * checkpoint_bytes + 600_000_000 + (2_000_000_000 if heavy else 0)
+
+
+def predicted_device_bytes(checkpoint_bytes: int, plans: Iterable[BitPlan] = ()) -> int:
+    """Return the device memory that a task is promised, in bytes.
+
+    3 times the model's checkpoint and 600 MB for the process; 2 GB more where a plan forwards images or factorises.
+    """
+    return 3 * checkpoint_bytes + predicted_host_bytes(0, plans)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import UsageError
 
 _NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_OTHERS = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_MIG = re.compile(r"UUID: (MIG-[\w/-]+)")
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -45,9 +49,52 @@ def _slots(name: str) -> list[str]:
 
 
 def cuda_devices() -> int:
-    """Return the number of CUDA (or ROCm) devices; torch is imported only where a driver is there."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not any(Path(node).exists() for node in _NODES):
+    """Return the number of CUDA (or ROCm) devices, a MIG slice counting as one; torch comes only where a driver is."""
+    if os.environ.get(_VISIBLE) == "" or not any(Path(node).exists() for node in _NODES):
         return 0
+    slices = _mig_slices()
+    if slices:
+        return len(slices)
     import torch  # noqa: PLC0415 - the scheduler stays light where there is no driver
 
     return torch.cuda.device_count()
+
+
+def visible_as(name: str) -> str | None:
+    """Return what CUDA_VISIBLE_DEVICES must be for a worker that has ``name`` alone; None for a CPU.
+
+    The numbers of ``cuda:N`` count what is visible here, so an entry of our own CUDA_VISIBLE_DEVICES, be it a number,
+    a GPU's or a MIG slice's UUID, is handed on as it stands.
+    """
+    if not name.startswith("cuda:") or any(variable in os.environ for variable in _OTHERS):
+        return None
+    index = int(name.removeprefix("cuda:"))
+    entries = _mig_slices() or [entry.strip() for entry in os.environ.get(_VISIBLE, "").split(",") if entry.strip()]
+    return entries[index] if index < len(entries) else str(index)
+
+
+def workers_on(devices: Sequence[str], asked: str | Sequence[str], per_device: int | None, threads: int) -> int:
+    """Return how many workers each device gets: ``per_device``, or what the cores can feed where that is None.
+
+    A GPU is shared by up to four, since a network is captured on the CPU. ``auto`` on a machine without GPU takes the
+    cores that there are; CPU slots that were named are one worker each.
+    """
+    if per_device is not None:
+        return per_device
+    cores = max(1, len(os.sched_getaffinity(0)) // threads) if hasattr(os, "sched_getaffinity") else 1
+    if devices[0].startswith("cuda"):
+        return max(1, min(4, cores // len(devices)))
+    return cores if asked == "auto" else 1
+
+
+def _mig_slices() -> list[str]:
+    """Return the UUIDs of the MIG slices that are visible here: torch sees one of them at most in a process."""
+    visible = os.environ.get(_VISIBLE)
+    if visible is not None:
+        entries = [entry.strip() for entry in visible.split(",")]
+        return entries if all(entry.startswith("MIG-") for entry in entries) else []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return _MIG.findall(listed.stdout)

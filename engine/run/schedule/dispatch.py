@@ -1,199 +1,273 @@
-"""The loop that keeps the slots at work: hands out groups, takes outcomes, buries dead workers, stops at a signal."""
+"""The loop that keeps the slots at work: hands out tasks, takes outcomes, buries dead workers, stops when it must."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from ...errors import DfmpcError, StorageError, TaskTimeoutError, WorkerDiedError
-from ...job.expand import Task
-from ...report.parts import write_part
-from ...report.rows import ModelRow
-from ..ledger import Event, Kind, Ledger, fold
-from ..messages import Started, TaskOutcome
-from ..outcome import bare_row, failed
-from ..store import RunFolder
+from ...errors import TaskTimeoutError, WorkerDiedError
+from ..failures import Failure, classify_exit
+from ..ledger import Event, Kind
+from ..messages import Ready, Recall, Recalled, Started, TaskOutcome
+from .board import Asker, Board, Item
+from .deadline import Deadline
 from .interrupts import Interrupts
-from .process import STOP_S
-from .progress import Progress
+from .reserve import Promises
 from .slots import Slot
+from .tally import Tally
 
-EXIT_GRACE_S = 2.0
+EXIT_GRACE_S = 5.0
 """How long a worker whose line broke may take to end by itself, so that its exit code is known."""
+_FALSE_STARTS = 3
+"""How many workers in a row may end before their first word until the slot is given up."""
+_WORTH_S = 10.0
+"""Seconds of work that must be left in another slot's group before a worker is started just to help with it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: a task's longest time, the longest silence, and how long an ending run waits for what is at work."""
+
+    task_s: float | None
+    silent_s: float
+    grace_s: float
 
 
 class Dispatcher:
-    """Runs groups of tasks on slots. ``rows`` has the row of every task that ended, by task id.
-
-    ``settled`` are the tasks that need no further attempt; a task can be settled without a row here, where its worker
-    kept the outcome but could not say so.
-    """
+    """Runs the items of a board on slots, each with memory promised beforehand."""
 
     def __init__(
-        self, run: RunFolder, slots: Sequence[Slot], ledger: Ledger, progress: Progress, timeout_s: float | None
+        self,
+        slots: Sequence[Slot],
+        board: Board,
+        tally: Tally,
+        promises: Promises,
+        deadline: Deadline,
+        limits: Limits,
     ) -> None:
-        self._run, self._slots, self._ledger, self._progress = run, slots, ledger, progress
-        self._timeout_s = timeout_s
-        self._queue: deque[list[Task]] = deque()
-        self.rows: dict[str, ModelRow] = {}
-        self.settled: set[str] = set()
-        self.explanations: list[str] = []
+        self._slots, self._board, self._tally, self._promises = slots, board, tally, promises
+        self._deadline, self._limits = deadline, limits
+        self._usable = list(slots)
+        self._last_words = "no slot is usable"
 
-    def work(self, groups: Sequence[list[Task]], interrupts: Interrupts) -> None:
-        """Do all ``groups``; returns early, with the workers gone, where ``interrupts`` has received a signal."""
-        self._queue.extend(groups)
+    def work(self, interrupts: Interrupts) -> str:
+        """Do all that is on the board; return why some was left, in words, with the workers gone; empty if none was."""
+        reason = ""
         try:
-            while interrupts.received is None and (self._queue or any(slot.busy for slot in self._slots)):
+            while not reason and (self._board or self._busy()):
                 self._hand_out()
-                self._progress.running([slot.pending[0].id for slot in self._slots if slot.pending])
-                self._await(interrupts.fd)
-                self._enforce_limit()
-            if self._queue or any(slot.busy for slot in self._slots):
-                self._interrupt()
+                if self._busy() or self._waiting_for_time():
+                    self._show()
+                    self._await(interrupts)
+                    self._enforce_limits()
+                    reason = self._reason_to_end(interrupts)
+                else:
+                    reason = self._nobody_left()
+            if reason:
+                self._drain(interrupts, reason)
         finally:
             for slot in self._slots:
                 slot.drop_worker()
+        return reason if self._board else ""
 
-    def record(self, event: Event) -> None:
-        """Append to the ledger; a full disk is said on stderr, and the run goes on."""
-        try:
-            self._ledger.append(event)
-        except StorageError as error:
-            self._progress.note(f"warning: {error}")
-
-    def fail(self, task: Task, error: DfmpcError, attempt: str = "", device: str = "") -> None:
-        """Give ``task`` a failed row in the worker's stead."""
-        attempt = attempt or uuid.uuid4().hex[:12]
-        row = failed(bare_row(self._run, task, "failed", attempt, device), error)
-        self._keep(row)
-        self.record(
-            Event(
-                Kind.TASK_FAILED,
-                task=task.id,
-                attempt=attempt,
-                status="failed",
-                error_class=type(error).__name__,
-                error=str(error),
-                device=device,
-            )
-        )
-        self._settled(row)
+    # handing out
 
     def _hand_out(self) -> None:
-        for slot in self._slots:
-            if not slot.busy and self._queue:
-                group = self._queue.popleft()
+        for slot in list(self._usable):
+            while slot in self._usable and slot.hungry and (item := self._next_for(slot)) is not None:
+                self._promises.make(slot, item)
                 try:
-                    slot.give(group)
+                    slot.give(item)
                 except OSError as error:
-                    self._lose(slot, WorkerDiedError(f"no worker could be started on {slot.device}: {error}"))
+                    self._board.put_back(item)
+                    self._false_start(slot, f"no worker could be started on {slot.device}: {error}")
 
-    def _await(self, wake: int) -> None:
-        """Wait for a message, a dead worker, a signal, a deadline or the next line of progress."""
-        lines = {slot.worker.connection: slot for slot in self._slots if slot.busy and slot.worker}
-        if not lines:  # no worker could be started, so nobody would ever answer
-            return
-        sources: list[Connection | int] = [*lines, wake]
-        for ready in wait(sources, self._wait_s()):
+    def _next_for(self, slot: Slot) -> Item | None:
+        if slot.given and slot.given[-1].history.mode.alone:
+            return None
+
+        def may(item: Item) -> bool:
+            if item.history.mode.alone and slot.busy:
+                return False
+            if slot.device in item.avoid and any(other.device not in item.avoid for other in self._usable):
+                return False
+            if not self._deadline.allows(item.task.plan.name, item.bytes):
+                return False
+            return self._promises.possible(slot, item)
+
+        def pays(model: str, waiting: int) -> bool:
+            seconds = self._tally.seconds_of(model)
+            return seconds is not None and (slot.worker is not None or waiting * seconds >= _WORTH_S)
+
+        others = frozenset(other.model for other in self._slots if other is not slot and other.busy and other.model)
+        return self._board.take(Asker(slot.model, others, may, pays), time.monotonic())
+
+    # waiting and hearing
+
+    def _show(self) -> None:
+        at_work = [slot.at_work for slot in self._slots]
+        self._tally.progress.running([item.task.id for item in at_work if item is not None])
+
+    def _await(self, interrupts: Interrupts, end: float | None = None) -> None:
+        """Wait for a message, a dead worker, a signal, a limit, the next line of progress or ``end`` (monotonic)."""
+        lines = {slot.worker.connection: slot for slot in self._slots if slot.worker}
+        sources: list[Connection | int] = [*lines, interrupts.fd]
+        for ready in wait(sources, self._wait_s(end)):
             if isinstance(ready, Connection):
                 self._receive(lines[ready])
+            else:
+                interrupts.clear()
 
-    def _wait_s(self) -> float | None:
+    def _wait_s(self, end: float | None) -> float | None:
         now = time.monotonic()
-        deadlines = [slot.deadline(self._timeout_s) for slot in self._slots]
-        waits = [max(0.0, deadline - now) for deadline in deadlines if deadline is not None]
-        if self._progress.wait_s is not None:
-            waits.append(self._progress.wait_s)
-        return min(waits, default=None)
+        ends = [end]
+        ends += [slot.deadline(self._limits.task_s) for slot in self._slots]
+        ends += [slot.heard + self._limits.silent_s for slot in self._slots if slot.busy]
+        waits = [end - now for end in ends if end is not None]
+        waits += [left for left in (self._board.wait_s(now), self._deadline.left_s()) if left is not None]
+        if self._tally.progress.wait_s is not None:
+            waits.append(self._tally.progress.wait_s)
+        return max(0.0, min(waits)) if waits else None
 
     def _receive(self, slot: Slot) -> None:
         message = slot.worker.receive() if slot.worker else None
+        if message is None:
+            self._bury(slot)
+            return
+        slot.ready, slot.false_starts, slot.heard = True, 0, time.monotonic()
         if isinstance(message, Started):
             slot.began(message)
         elif isinstance(message, TaskOutcome):
             self._take(slot, message)
-        else:
-            how = slot.drop_worker(EXIT_GRACE_S)
-            self.record(Event(Kind.WORKER_DIED, device=slot.device, error=how))
-            self._lose(slot, WorkerDiedError(f"the worker {how} while it was at this task"))
+        elif isinstance(message, Recalled):
+            for item in slot.recall(message.tasks):
+                self._board.put_back(item)
+            self._promises.release(slot)
+        elif isinstance(message, Ready) and message.device_bytes is not None:
+            self._promises.learn(slot.device, message.device_bytes)
 
     def _take(self, slot: Slot, outcome: TaskOutcome) -> None:
-        slot.settle(outcome.row.task)
-        if outcome.problem:
-            self._progress.note(f"warning: {outcome.row.task}: {outcome.problem}")
-        if outcome.explanation:
-            self.explanations.append(f"{outcome.row.task}: {outcome.explanation}")
-        self._settled(outcome.row)
+        item = slot.settle(outcome.row.task)
+        if item is None:
+            return
+        self._tally.take(item, outcome)
         if outcome.poisoned:
             slot.drop_worker(EXIT_GRACE_S)
-            self._requeue(slot)
+            self._put_back_rest(slot)
+            self._cordon()
+        self._promises.release(slot)
 
-    def _enforce_limit(self) -> None:
-        now = time.monotonic()
+    # ends of workers
+
+    def _bury(self, slot: Slot) -> None:
+        was_ready, idle = slot.ready, not slot.busy
+        ended = slot.drop_worker(EXIT_GRACE_S)
+        self._tally.record(Event(Kind.WORKER_DIED, device=slot.device, error=ended.how))
+        if not was_ready:
+            self._false_start(slot, f"the worker on {slot.device} {ended.how} before it said a word")
+        elif not idle:
+            failure = Failure.CRASH if ended.code is None else classify_exit(ended.code)
+            self._lose(slot, failure, WorkerDiedError(f"the worker {ended.how} while it was at this task"))
+
+    def _false_start(self, slot: Slot, why: str) -> None:
+        """Put everything back; after some of these in a row the slot is given up."""
+        slot.drop_worker()
+        slot.false_starts += 1
+        self._put_back_rest(slot)
+        self._promises.release(slot)
+        if slot.false_starts >= _FALSE_STARTS:
+            self._tally.progress.note(f"warning: {why}; slot {slot.number} is given up")
+            self._usable.remove(slot)
+            self._last_words = why
+
+    def _lose(self, slot: Slot, failure: Failure, error: WorkerDiedError | TaskTimeoutError) -> None:
+        """Charge what the worker was at; what its finisher had was nearly done and what it had not begun is free."""
+        charged = slot.at_work or (slot.given[0] if slot.given else None)
+        for item in list(slot.given):
+            started = slot.attempts.get(item.task.id)
+            if item is charged:
+                slot.settle(item.task.id)
+                self._tally.lose(item, failure, error, started, slot.device)
+            elif started is not None:
+                slot.settle(item.task.id)
+                if not self._tally.finished_meanwhile(started):
+                    self._board.put_back(item)
+        self._put_back_rest(slot)
+        self._promises.release(slot)
+
+    def _put_back_rest(self, slot: Slot) -> None:
+        for item in reversed(slot.given):
+            started = slot.attempts.get(item.task.id)
+            if started is None or not self._tally.finished_meanwhile(started):
+                self._board.put_back(item)
+        slot.given, slot.attempts = [], {}
+
+    def _enforce_limits(self) -> None:
+        now, limit_s, silent_s = time.monotonic(), self._limits.task_s, self._limits.silent_s
         for slot in self._slots:
-            deadline = slot.deadline(self._timeout_s)
-            if deadline is not None and now >= deadline:
+            deadline = slot.deadline(limit_s)
+            if slot.busy and slot.worker is not None and now >= slot.heard + silent_s:
                 slot.drop_worker()
-                limit = f"{self._timeout_s:g} s (resources.task_timeout)"
-                self._lose(slot, TaskTimeoutError(f"not finished after {limit}: raise it, or leave the task out"))
+                text = f"no sign of work for {silent_s:g} s (resources.stuck_after): the worker was killed"
+                self._lose(slot, Failure.STUCK, WorkerDiedError(text))
+            elif deadline is not None and now >= deadline:
+                slot.drop_worker()
+                text = f"not finished after {limit_s:g} s (resources.task_timeout): raise it, or leave the task out"
+                self._lose(slot, Failure.TIMEOUT, TaskTimeoutError(text))
 
-    def _lose(self, slot: Slot, error: DfmpcError) -> None:
-        """Fail the task that ``slot`` was at, unless it had just been finished, and queue the rest of its group."""
-        task = slot.pending.popleft()
-        started = slot.current
-        if started is None or not self._finished_meanwhile(started):
-            self.fail(task, self._with_log(task, error, started), started.attempt if started else "", slot.device)
-        slot.current = None
-        self._requeue(slot)
+    def _cordon(self) -> None:
+        for slot in [slot for slot in self._usable if slot.device in self._tally.cordoned]:
+            self._usable.remove(slot)
+            self._last_words = f"{slot.device} is cordoned: it failed under different tasks"
 
-    def _requeue(self, slot: Slot) -> None:
-        if slot.pending:
-            self._queue.appendleft(list(slot.pending))
-            slot.pending.clear()
+    # ends of the run
 
-    def _with_log(self, task: Task, error: DfmpcError, started: Started | None) -> DfmpcError:
-        if started is None:
-            return error
-        log = self._run.log_file(task.model.name, task.plan.name, started.attempt)
-        return type(error)(f"{error}; its log is {log.relative_to(self._run.path)} in the run's folder")
+    def _reason_to_end(self, interrupts: Interrupts) -> str:
+        if interrupts.received is not None:
+            return f"interrupted by {interrupts.received}"
+        if self._tally.full:
+            return f"stopped: {self._tally.full}"
+        left = self._deadline.left_s()
+        if left is not None and left <= 0:
+            return "stopped by --deadline"
+        return ""
 
-    def _finished_meanwhile(self, started: Started) -> bool:
-        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then."""
-        state = fold(self._run).get(started.task)
-        if state is None or not state.settled or state.attempt != started.attempt:
-            return False
-        self.settled.add(started.task)
-        return True
+    def _waiting_for_time(self) -> bool:
+        """Tell whether something will be handed out later although nobody is at work now."""
+        return self._board.wait_s(time.monotonic()) is not None and bool(self._usable)
 
-    def _settled(self, row: ModelRow) -> None:
-        self.rows[row.task] = row
-        self.settled.add(row.task)
-        self._progress.finished(row.task)
-        if row.status == "failed":
-            self._progress.note(f"{row.task} failed: {row.error_class}")  # the text comes in the end
+    def _nobody_left(self) -> str:
+        """Nobody is at work and nothing can be handed out: too little time is left, or no slot is usable."""
+        if self._usable:
+            return "stopped by --deadline: what is left would not end in time"
+        for item in self._board.withdraw(lambda _: True):
+            self._tally.fail(item.task, WorkerDiedError(f"{self._last_words}; nobody is left to do this task"))
+        return ""
 
-    def _interrupt(self) -> None:
-        """End the workers and note what they were at; an artifact in the making is left to the sweep."""
-        workers = [slot.worker for slot in self._slots if slot.worker]
-        for worker in workers:
-            worker.ask_to_end()
+    def _drain(self, interrupts: Interrupts, reason: str) -> None:
+        """Call back what has not begun and give what has its time of grace; a second signal ends at once."""
+        end = time.monotonic() + self._limits.grace_s
         for slot in self._slots:
-            slot.drop_worker(STOP_S)
-        at_work = [(slot, slot.pending[0], slot.current) for slot in self._slots if slot.pending and slot.current]
-        for slot, task, started in at_work:
-            if not self._finished_meanwhile(started):
-                row = bare_row(self._run, task, "interrupted", started.attempt, slot.device)
-                self._keep(replace(row, finished_at=datetime.now(UTC)))
-                self.rows[task.id] = row
-        self.record(Event(Kind.INTERRUPTED))
+            if slot.worker is not None and slot.busy:
+                slot.worker.send(Recall())
+        at_work = sum(len(slot.attempts) for slot in self._slots)
+        if at_work:
+            grace = f"up to {self._limits.grace_s:g} s for {at_work} at work; a second signal ends at once"
+            self._tally.progress.note(f"{reason}: {grace}")
+        while self._busy() and not interrupts.again and time.monotonic() < end:
+            self._await(interrupts, end)
+            self._enforce_limits()
+        for slot in self._slots:
+            slot.drop_worker()
+            for item in list(slot.given):
+                started = slot.attempts.get(item.task.id)
+                if started is not None:
+                    self._tally.interrupt(item, started, slot.device)
+                if item.task.id not in self._tally.settled:
+                    self._board.put_back(item)
+        self._tally.record(Event(Kind.INTERRUPTED))
 
-    def _keep(self, row: ModelRow) -> None:
-        try:
-            write_part(self._run.path, row, [], row.attempt)
-        except StorageError as error:
-            self._progress.note(f"warning: {row.task}: {error}")
+    def _busy(self) -> bool:
+        return any(slot.busy for slot in self._slots)

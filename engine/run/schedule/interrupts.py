@@ -8,17 +8,19 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupts:
-    """While entered, SIGINT, SIGTERM and SIGHUP set ``received`` and make ``fd`` readable.
+    """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 set ``received`` and make ``fd`` readable.
 
-    The process goes on. A signal that was ignored (nohup) stays ignored. Outside the main thread nothing is caught.
+    The process goes on; ``again`` tells of a second one. A signal that was ignored (nohup) stays ignored. Outside the
+    main thread nothing is caught.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.again = False
         self.fd, self._write = -1, -1
         self._old: dict[signal.Signals, Any] = {}
 
@@ -39,7 +41,11 @@ class Interrupts:
         os.close(self.fd)
         os.close(self._write)
 
+    def clear(self) -> None:
+        """Empty ``fd``, so that it becomes readable with the next signal only."""
+        os.read(self.fd, 4096)
+
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module passes it
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            os.write(self._write, b"!")
+        self.again = self.received is not None
+        self.received = self.received or signal.Signals(number).name
+        os.write(self._write, b"!")

@@ -13,17 +13,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from ..messages import Message, RunGroup, WorkerSettings
+from ..messages import Message, ToWorker, WorkerSettings
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from dfmpc.run.worker.main import main; main()"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SPIN = "GOMP_SPINCOUNT"
 """How long an idle OpenMP thread spins before it sleeps. The default (300,000) makes every small operation wait for a
 thread that another process has displaced: on a busy node that was ten times slower."""
-STOP_S = 5.0
-"""How long a worker may take to end after SIGTERM before it is killed."""
+_TRITON = "TRITON_CACHE_DIR"
+_SCRATCH = ("SLURM_TMPDIR", "LOCAL_SCRATCH")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a worker ended: its exit code (negative: the signal), None where it never began, and the same in words."""
+
+    code: int | None
+    how: str
 
 
 class WorkerProcess:
@@ -38,12 +48,12 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the scheduler's stdout may be a JSON document
                 start_new_session=True,
-                env={_SPIN: "10000", **os.environ, **dict.fromkeys(_THREADS, str(settings.threads))},
+                env=_environment(settings),
             )
         self.connection: Connection = Connection(ours.detach())
         self.send(settings)
 
-    def send(self, message: WorkerSettings | RunGroup) -> None:
+    def send(self, message: ToWorker) -> None:
         """Send ``message``; a worker that is gone is noticed by the next ``receive``."""
         try:
             self.connection.send(message)
@@ -58,12 +68,8 @@ class WorkerProcess:
             return None
         return message
 
-    def ask_to_end(self) -> None:
-        """Send SIGTERM to the worker's whole group; ``kill`` waits and makes sure."""
-        self._signal(signal.SIGTERM)
-
-    def kill(self, grace_s: float = 0.0) -> str:
-        """Kill the worker's whole group and return how the worker ended, such as ``was ended by SIGKILL``.
+    def kill(self, grace_s: float = 0.0) -> Ended:
+        """Kill the worker's whole group and tell how the worker ended, such as ``was ended by SIGKILL``.
 
         A worker that is ending by itself has ``grace_s`` seconds to leave its own exit code.
         """
@@ -74,7 +80,7 @@ class WorkerProcess:
         code = self._process.wait()
         self._signal(signal.SIGKILL)  # what it started may outlive it
         self.connection.close()
-        return describe_exit(code)
+        return Ended(code, f"(process {self.pid}) {describe_exit(code)}")
 
     @property
     def pid(self) -> int:
@@ -86,6 +92,23 @@ class WorkerProcess:
             os.killpg(self._process.pid, number)
         except (ProcessLookupError, PermissionError):
             return
+
+
+def _environment(settings: WorkerSettings) -> dict[str, str]:
+    environment = {_SPIN: "10000", _TRITON: triton_cache(), **os.environ}
+    environment |= dict.fromkeys(_THREADS, str(settings.threads))
+    if settings.visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.visible
+    return environment
+
+
+def triton_cache() -> str:
+    """Return where compiled kernels are kept unless TRITON_CACHE_DIR says so: on a disk of this node, this user's own.
+
+    A home on a network file system would have every node lock and fetch the same small files.
+    """
+    scratch = next((os.environ[name] for name in _SCRATCH if os.environ.get(name)), tempfile.gettempdir())
+    return os.path.join(scratch, f"dfmpc-triton-{os.getuid()}")
 
 
 def describe_exit(code: int) -> str:

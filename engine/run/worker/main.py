@@ -1,4 +1,4 @@
-"""The worker process: it takes groups of tasks from its line until the line closes."""
+"""The worker process: it takes tasks from its line until the line closes."""
 
 from __future__ import annotations
 
@@ -9,48 +9,102 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from ..messages import RunGroup, Started, WorkerSettings
+from ... import faults
+from ...models.factory import AllowList
+from ..failures import Failure, Mode
+from ..ledger import Ledger
+from ..messages import Alive, Ready, RunTask, WorkerSettings
+from ..shared import SharedModel
+from ..store import RunFolder
+from .attempt import Attempt, Context
+from .finisher import Finisher
+from .heartbeat import Heartbeat
+from .line import Inbox, Line
+from .pinned import allocator
+from .prefetch import Prefetcher
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 70
 """Exit code of a worker whose scheduler is gone."""
+_LASTING = frozenset({None, Failure.DATA, Failure.BUG})
+"""After these what is known of the model stays: another attempt would find the same."""
 
 
 def main() -> None:
     """Serve the scheduler at the other end of the socket whose file descriptor is the first argument."""
-    line = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler decides what Ctrl-C means
+    line = int(sys.argv[1])
     os.set_inheritable(line, False)
     connection = Connection(line)
     settings: WorkerSettings = connection.recv()
     _die_with(settings.parent)
+    faults.enter("worker")
     faulthandler.enable()  # a crash in native code leaves its stack in the attempt's log
-    try:
-        _serve(connection, settings)
-    except (EOFError, ConnectionError):
-        sys.exit(ORPHANED if os.getppid() != settings.parent else 0)
+    Worker(settings, Line(connection)).serve()
+    sys.exit(ORPHANED if os.getppid() != settings.parent else 0)
 
 
-def _serve(connection: Connection, settings: WorkerSettings) -> None:
-    import torch  # noqa: PLC0415 - after the process is tied to its parent: this takes seconds
+class Worker:
+    """Does the tasks that its line brings, one after the other; reads the next model and commits the last meanwhile."""
 
-    from ..ledger import Ledger  # noqa: PLC0415 - the same
-    from ..store import RunFolder  # noqa: PLC0415 - the same
-    from .group import GroupContext, run_group  # noqa: PLC0415 - the same
+    def __init__(self, settings: WorkerSettings, line: Line) -> None:
+        self._settings, self._line = settings, line
+        run = RunFolder(settings.run)
+        ledger = Ledger(run)
+        self._finisher = Finisher(run, ledger, line.send)
+        self._context = Context(settings, ledger, line.send, self._finisher)
+        self._prefetcher = Prefetcher(
+            settings.readers, int(settings.read_ahead), allocate=allocator(settings.computes_on)
+        )
+        self._allow = AllowList.default(settings.allow_code)
+        self._shared: SharedModel | None = None
+        self._held: tuple[str, Mode] | None = None
+        self._computing = False
 
-    torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would bound every logit SQNR, and a CPU has 23
+    def serve(self) -> None:
+        """Return when the line is closed, or after an error that sticks to the process."""
+        Heartbeat(lambda: self._line.send(Alive()), lambda: self._prefetcher.bytes_read)
+        inbox = Inbox(self._line, arrived=self._arrived)
+        self._line.send(Ready())
+        while (order := inbox.next()) is not None:
+            failure = self._attempt(order)
+            if failure is Failure.POISONED:
+                break
+            if failure not in _LASTING:
+                self._forget()
+        self._finisher.close()
 
-    def announce(started: Started) -> None:
-        connection.send(started)
+    def _arrived(self, order: RunTask) -> None:
+        """Read ahead for a task of another model than the one at work. Called in the inbox's thread."""
+        if self._held is None or self._held[0] != order.task.model.name:
+            self._prefetcher.want(order.task.model)
 
-    context = GroupContext(settings, Ledger(RunFolder(settings.run)), announce)
-    while True:
-        group: RunGroup = connection.recv()
-        for outcome in run_group(group.tasks, context):
-            connection.send(outcome)
-            if outcome.poisoned:
-                return
+    def _attempt(self, order: RunTask) -> Failure | None:
+        wanted = (order.task.model.name, order.mode)
+        if self._shared is None or self._held != wanted:
+            self._forget()
+            self._held, self._shared = wanted, self._share(order)
+        failure = Attempt(order.task, order.mode, self._context, self._shared).run()
+        self._announce_device()
+        return failure
+
+    def _share(self, order: RunTask) -> SharedModel:
+        device = order.mode.device(self._settings.computes_on)
+        return SharedModel(order.task.model, self._allow, device, self._settings.threads, read=self._prefetcher.take)
+
+    def _forget(self) -> None:
+        self._shared, self._held = None, None
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _announce_device(self) -> None:
+        """Say once, after the first task that computed on a GPU, how much memory it has."""
+        torch = sys.modules.get("torch")
+        if self._computing or torch is None or not torch.cuda.is_initialized():
+            return
+        self._computing = True
+        self._line.send(Ready(float(torch.cuda.mem_get_info()[1])))
 
 
 def _die_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Peak memory of this process, and on its device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 
 
-def reset_peak() -> None:
-    """Let the next ``peak_bytes`` count from here, where the kernel can (Linux); otherwise it counts from the start."""
+def reset_peak(device: str = "cpu") -> None:
+    """Let both peaks count from here, where the kernel can (Linux); otherwise the host's counts from the start."""
+    torch = _torch_with_device(device)
+    if torch is not None:
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -29,3 +33,15 @@ def peak_bytes() -> int:
         return int(found.group(1)) * 1024
     factor = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+
+
+def peak_device_bytes(device: str) -> int | None:
+    """Return the largest allocation on ``device`` since ``reset_peak``, in bytes; None where none was made."""
+    torch = _torch_with_device(device)
+    return None if torch is None else int(torch.cuda.max_memory_allocated(device))
+
+
+def _torch_with_device(device: str) -> Any:
+    """Return torch where this process has it and has computed on ``device``, a CUDA one."""
+    torch = sys.modules.get("torch") if device.startswith("cuda") else None
+    return torch if torch is not None and torch.cuda.is_initialized() else None

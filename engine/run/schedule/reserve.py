@@ -1,0 +1,117 @@
+"""Memory that is promised to tasks at work: of the host, and of each device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .board import Item
+from .slots import Slot
+
+_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_SHARE = 0.9
+"""What part of the free memory may be promised."""
+
+
+@dataclass
+class Pool:
+    """Bytes that can be promised; ``capacity`` None is without bound. A holder has one promise at a time.
+
+    A promise above the capacity is given to whoever is the only holder: something too large still runs, alone.
+    """
+
+    capacity: float | None
+    held: dict[Hashable, float] = field(default_factory=dict)
+    closed_by: Hashable | None = None
+    """The holder that asked to be alone."""
+
+    def fits(self, holder: Hashable, size: float, *, alone: bool = False) -> bool:
+        """Tell whether ``holder`` may have ``size`` bytes instead of what it has."""
+        others = [promised for other, promised in self.held.items() if other != holder]
+        if self.closed_by not in (None, holder):
+            return False
+        if not others:
+            return True
+        return not alone and (self.capacity is None or sum(others) + size <= self.capacity)
+
+    def take(self, holder: Hashable, size: float, *, alone: bool = False) -> None:
+        """Promise ``size`` bytes to ``holder`` in place of what it had."""
+        self.held[holder] = size
+        self.closed_by = holder if alone else (None if self.closed_by == holder else self.closed_by)
+
+    def free(self, holder: Hashable) -> None:
+        """Take a promise back."""
+        self.held.pop(holder, None)
+        if self.closed_by == holder:
+            self.closed_by = None
+
+
+class Promises:
+    """The host's pool and one for each GPU, of which nothing is known until a worker has computed on it.
+
+    Until then one worker at a time goes ahead there, so the first also fills the cache of compiled kernels.
+    """
+
+    def __init__(self, host_bytes: float | None, devices: Iterable[str]) -> None:
+        self._host = Pool(host_bytes)
+        self._devices = {device: Pool(0.0) for device in devices if device.startswith("cuda")}
+
+    def learn(self, device: str, size: float) -> None:
+        """Note how much memory ``device`` has, in bytes."""
+        self._devices[device].capacity = _SHARE * size
+
+    def possible(self, slot: Slot, item: Item) -> bool:
+        """Tell whether what ``slot`` needs with ``item`` on top of what it has can be promised now."""
+        alone, (host, device) = item.history.mode.alone, _needs(slot, item)
+        pool = self._devices.get(slot.device)
+        return self._host.fits(slot.number, host, alone=alone) and (
+            pool is None or pool.fits(slot.number, device, alone=alone)
+        )
+
+    def make(self, slot: Slot, item: Item) -> None:
+        """Promise it."""
+        alone, (host, device) = item.history.mode.alone, _needs(slot, item)
+        self._host.take(slot.number, host, alone=alone)
+        if slot.device in self._devices:
+            self._devices[slot.device].take(slot.number, device, alone=alone)
+
+    def release(self, slot: Slot) -> None:
+        """Take back what an idle slot had; a busy one keeps it."""
+        if not slot.busy:
+            self._host.free(slot.number)
+            if slot.device in self._devices:
+                self._devices[slot.device].free(slot.number)
+
+
+def _needs(slot: Slot, item: Item) -> tuple[float, float]:
+    """Return bytes of host and device: the larger of those at hand, and the input that is read ahead."""
+    held = [*slot.given, item]
+    ahead = item.bytes if slot.given and slot.given[-1].model != item.model else 0
+    device = 0.0 if item.history.mode.on_cpu else max(each.device_bytes for each in held)
+    return max(each.host_bytes for each in held) + ahead, device
+
+
+def available_host_bytes() -> float | None:
+    """Return the memory that may be promised on this host: nine tenths of what is free, within its control group."""
+    limits = [limit for limit in (_available(), _group_limit()) if limit is not None]
+    return _SHARE * min(limits) if limits else None
+
+
+def _available() -> float | None:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")]
+    return float(found[0]) * 1024 if found else None
+
+
+def _group_limit() -> float | None:
+    for file in _CGROUP:
+        try:
+            return float(file.read_text(encoding="ascii"))
+        except (OSError, ValueError):  # absent, or the word max
+            continue
+    return None

@@ -1,0 +1,196 @@
+"""What came of the tasks, whoever ran them: rows, retries, devices to avoid, and what stops the whole run."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from ...errors import DeviceError, DfmpcError, StorageError
+from ...job.expand import Task
+from ...report.parts import write_part
+from ...report.rows import ModelRow
+from ..failures import Failure, Retry
+from ..ledger import Event, Kind, Ledger, fold
+from ..messages import Started, TaskOutcome
+from ..outcome import bare_row, failed
+from ..store import RunFolder
+from .board import Board, Item
+from .deadline import Deadline
+from .progress import Progress
+
+_CORDON = 2
+"""How many different tasks must poison a device before it is left alone."""
+_TAIL_LINES = 8
+_TAIL_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the job and the command say about failures."""
+
+    cpu_fallback: bool = False
+
+
+class Tally:
+    """Keeps the outcome of every task of a run. ``rows`` has the row of every task that ended, by task id.
+
+    ``settled`` are the tasks that need no further attempt; a task can be settled without a row here, where its worker
+    kept the outcome but could not say so.
+    """
+
+    def __init__(
+        self, run: RunFolder, board: Board, ledger: Ledger, progress: Progress, deadline: Deadline, rules: Rules
+    ) -> None:
+        self.run, self.board, self.progress, self._deadline, self._rules = run, board, progress, deadline, rules
+        self._ledger = ledger
+        self.rows: dict[str, ModelRow] = {}
+        self.settled: set[str] = set()
+        self.explanations: list[str] = []
+        self.log_tails: dict[str, list[str]] = {}
+        """The last lines of the log of every failed task, by task id."""
+        self.full: str = ""
+        """What the disk said when it would take no more; empty while it does."""
+        self.cordoned: set[str] = set()
+        self._poisoned: dict[str, set[str]] = {}
+        self._seconds: dict[str, list[float]] = {}
+
+    def record(self, event: Event) -> None:
+        """Append to the ledger; a full disk is said on stderr, and the run goes on."""
+        try:
+            self._ledger.append(event)
+        except StorageError as error:
+            self.progress.note(f"warning: {error}")
+
+    def seconds_of(self, model: str) -> float | None:
+        """Return the mean seconds of the tasks of ``model`` that have ended; None where none has."""
+        seen = self._seconds.get(model)
+        return sum(seen) / len(seen) if seen else None
+
+    def take(self, item: Item, outcome: TaskOutcome) -> None:
+        """Take an outcome that a worker has brought; a failed one is tried again while its budget lasts."""
+        row = outcome.row
+        if outcome.problem:
+            self.progress.note(f"warning: {row.task}: {outcome.problem}")
+        if outcome.explanation:
+            self.explanations.append(f"{row.task}: {outcome.explanation}")
+        if outcome.failure is None:
+            self._learn(item, row)
+            self._settle(row)
+        else:
+            self._after_failure(item, outcome.failure, row)
+
+    def lose(self, item: Item, failure: Failure, error: DfmpcError, started: Started | None, device: str) -> None:
+        """Take note that whoever was at ``item`` is gone, unless the item had just been finished."""
+        if started is not None and self.finished_meanwhile(started):
+            return
+        attempt = started.attempt if started else uuid.uuid4().hex[:12]
+        row = bare_row(self.run, item.task, "failed", attempt, device)
+        self._after_failure(item, failure, failed(row, self._with_log(item.task, error, started)))
+
+    def finished_meanwhile(self, started: Started) -> bool:
+        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then."""
+        state = fold(self.run).get(started.task)
+        if state is None or not state.settled or state.attempt != started.attempt:
+            return False
+        self.settled.add(started.task)
+        self.progress.finished(started.task)
+        return True
+
+    def fail(self, task: Task, error: DfmpcError) -> None:
+        """Give ``task`` a failed row without an attempt."""
+        self._end_as_failed(failed(bare_row(self.run, task, "failed", uuid.uuid4().hex[:12], ""), error), None)
+
+    def interrupt(self, item: Item, started: Started, device: str) -> None:
+        """Note that an attempt was cut short; that costs the task nothing."""
+        if self.finished_meanwhile(started):
+            return
+        row = bare_row(self.run, item.task, "interrupted", started.attempt, device)
+        self._keep(replace(row, finished_at=datetime.now(UTC)))
+        self.rows[item.task.id] = row
+
+    def _after_failure(self, item: Item, failure: Failure, row: ModelRow) -> None:
+        if failure is Failure.NO_SPACE:
+            self.full = self.full or str(row.error)
+            self.rows[item.task.id] = replace(row, status="interrupted")
+            self.board.put_back(item)
+            return
+        if failure is Failure.POISONED:
+            self._poison(row.device or "", item.task.id)
+        retry = item.history.after(failure, cpu_fallback=self._rules.cpu_fallback)
+        tried = sum(item.history.counts.values())
+        row = replace(row, failure=str(failure), attempts=tried)
+        if retry is None:
+            self._end_as_failed(row, failure)
+        else:
+            self._again(item, failure, retry, row)
+
+    def _again(self, item: Item, failure: Failure, retry: Retry, row: ModelRow) -> None:
+        item.not_before = time.monotonic() + retry.after_s if retry.after_s else 0.0
+        if retry.elsewhere and row.device:
+            item.avoid.add(row.device)
+        self.board.put_back(item)
+        said = (row.error or "").splitlines()[0]
+        self.progress.note(f"{item.task.id}: {failure}, tried again {retry.in_words}: {said}")
+
+    def _poison(self, device: str, task: str) -> None:
+        guilty = self._poisoned.setdefault(device, set())
+        guilty.add(task)
+        if len(guilty) >= _CORDON and device not in self.cordoned:
+            self.cordoned.add(device)
+            error = DeviceError(f"{device} failed under {_CORDON} different tasks and gets no more in this run")
+            self.record(Event(Kind.DEVICE_CORDONED, device=device, error=str(error)))
+            self.progress.note(f"warning: {error}")
+
+    def _end_as_failed(self, row: ModelRow, failure: Failure | None) -> None:
+        self._keep(row)
+        self.record(
+            Event(
+                Kind.TASK_FAILED,
+                task=row.task,
+                attempt=row.attempt,
+                status="failed",
+                error_class=row.error_class or "",
+                error=row.error or "",
+                device=row.device or "",
+                failure=failure or "",
+            )
+        )
+        self.log_tails[row.task] = self._tail(row)
+        self._settle(row)
+
+    def _settle(self, row: ModelRow) -> None:
+        self.rows[row.task] = row
+        self.settled.add(row.task)
+        self.progress.finished(row.task)
+        if row.status == "failed":
+            self.progress.note(f"{row.task} failed: {row.error_class}")  # the text comes in the end
+
+    def _learn(self, item: Item, row: ModelRow) -> None:
+        spent = sum(part or 0.0 for part in (row.read_s, row.compress_s, row.write_s, row.evaluate_s))
+        self._seconds.setdefault(item.model, []).append(spent)
+        if row.status == "done":
+            self._deadline.observe(row.bit_plan, item.bytes, spent)
+
+    def _keep(self, row: ModelRow) -> None:
+        try:
+            write_part(self.run.path, row, [], row.attempt)
+        except StorageError as error:
+            self.progress.note(f"warning: {row.task}: {error}")
+
+    def _with_log(self, task: Task, error: DfmpcError, started: Started | None) -> DfmpcError:
+        if started is None:
+            return error
+        log = self.run.log_file(task.model.name, task.plan.name, started.attempt)
+        return type(error)(f"{error}; its log is {log.relative_to(self.run.path)} in the run's folder")
+
+    def _tail(self, row: ModelRow) -> list[str]:
+        log = self.run.log_file(row.model, row.bit_plan, row.attempt)
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return []
+        return [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]

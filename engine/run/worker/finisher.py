@@ -1,0 +1,120 @@
+"""The thread that commits artifacts and reports while the next task computes; a step behind, never more."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+
+from ...errors import StorageError
+from ...report.parts import write_parts
+from ...report.rows import LayerRow, ModelRow
+from ..failures import classify
+from ..ledger import Event, Kind, Ledger
+from ..messages import Message, TaskOutcome
+from ..outcome import failed
+from ..store import RunFolder
+
+_AHEAD = 2
+"""Steps that may wait: the commit of one task and its report. Whoever brings a third waits."""
+_BATCH = 64
+_BATCH_S = 0.25
+"""Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds."""
+BROKEN = 71
+"""Exit code of a worker whose finisher failed in a way that it should not."""
+
+
+class Finisher:
+    """Steps are done in the order in which they were brought, each after the one before has ended."""
+
+    def __init__(self, run: RunFolder, ledger: Ledger, send: Callable[[Message], None]) -> None:
+        self._run, self._ledger, self._send = run, ledger, send
+        self._steps: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
+        self._ended: list[tuple[TaskOutcome, list[LayerRow]]] = []
+        self._since = 0.0
+        self._thread = threading.Thread(target=self._work, name="finisher", daemon=True)
+        self._thread.start()
+
+    def put(self, step: Callable[[], None]) -> None:
+        """Have ``step`` done; it must not raise."""
+        self._steps.put(step)
+
+    def report(self, outcome: TaskOutcome, layers: list[LayerRow]) -> None:
+        """Keep an outcome and tell the scheduler: at once or, where it was reused, with others. Called by steps."""
+        if not self._ended:
+            self._since = time.monotonic()
+        self._ended.append((outcome, layers))
+        if outcome.row.status != "reused" or len(self._ended) >= _BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        """Do what was brought, then end."""
+        self._steps.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while (step := self._next()) is not None:
+                step()
+            self._flush()
+        except BaseException:  # noqa: BLE001 - told and passed on as the end of the process
+            traceback.print_exc(file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(BROKEN)  # the scheduler sees a crash; a silent thread would look like a hang
+
+    def _next(self) -> Callable[[], None] | None:
+        while True:
+            try:
+                return self._steps.get(timeout=self._patience())
+            except queue.Empty:
+                self._flush()
+
+    def _patience(self) -> float | None:
+        return max(0.0, self._since + _BATCH_S - time.monotonic()) if self._ended else None
+
+    def _flush(self) -> None:
+        ended, self._ended = self._ended, []
+        if not ended:
+            return
+        good = [(outcome.row, layers) for outcome, layers in ended if outcome.failure is None]
+        problem = self._keep(good)
+        try:
+            self._ledger.append_all([_event(outcome) for outcome, _ in ended])
+        except StorageError as error:
+            problem = problem or error
+        for outcome, _ in ended:
+            self._send(outcome if problem is None else _unkept(outcome, problem))
+
+    def _keep(self, rows: list[tuple[ModelRow, list[LayerRow]]]) -> StorageError | None:
+        try:
+            if rows:
+                write_parts(self._run.path, rows)
+        except StorageError as error:
+            return error
+        return None
+
+
+def _unkept(outcome: TaskOutcome, error: StorageError) -> TaskOutcome:
+    """Return what the scheduler hears where the disk would not take the outcome."""
+    if outcome.failure is not None:
+        return replace(outcome, problem=str(error))
+    return replace(outcome, row=failed(outcome.row, error), failure=classify(error), problem=str(error))
+
+
+def _event(outcome: TaskOutcome) -> Event:
+    row = outcome.row
+    return Event(
+        Kind.TASK_FINISHED if outcome.failure is None else Kind.ATTEMPT_FAILED,
+        task=row.task,
+        attempt=row.attempt,
+        status=row.status if outcome.failure is None else "",
+        error_class=row.error_class or "",
+        error=row.error or "",
+        device=row.device or "",
+        failure=outcome.failure or "",
+    )

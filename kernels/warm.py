@@ -1,0 +1,52 @@
+"""Have the kernels compiled once a node before many workers want them, instead of by each of them at the same time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import dequantize, row_statistics, tap_sums, ternary, uniform
+from .formats import Grid
+
+LENGTHS = (9, 64, 576)
+"""Rows of a depthwise, a pointwise and an ordinary convolution: each has a launch shape of its own."""
+WIDTHS = (4, 6, 8)
+
+
+def warm_kernels(device: str) -> None:
+    """Run every operation on small tensors on ``device``; whoever comes second finds the compiled ones on the disk.
+
+    The lock is the file system's own, so one that a dead process held is free.
+    """
+    with _first_of_the_node():
+        for length in LENGTHS:
+            weight = torch.linspace(-1, 1, 4 * length, device=device).reshape(4, length)
+            for layer_wise in (False, True):
+                found = ternary(weight, group_size=length, layer_wise=layer_wise)
+                dequantize(found.format, found.codes, found.scale, found.zero_point)
+            for bits in WIDTHS:
+                found = uniform(weight, bits, Grid.DOREFA, group_size=length)
+                dequantize(found.format, found.codes, found.scale, found.zero_point)
+            row_statistics(weight, length)
+        tap_sums(torch.ones(4, 72, device=device), 9)
+
+
+@contextmanager
+def _first_of_the_node() -> Iterator[None]:
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "dfmpc-warm.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # a cache that cannot be written: every worker compiles for itself
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
