@@ -15,7 +15,7 @@ import pytest
 
 PACKAGES = ("faults", "errors", "job", "models", "compress", "artifact", "evaluate", "report", "run")
 """From the bottom up; kernels is beside job, below models."""
-TOP = ("doctor", "api", "show", "submit", "housekeeping", "cli")
+TOP = ("doctor", "api", "show", "commands", "cli")
 LEVELS = {name: level for level, name in enumerate((*PACKAGES, *TOP))}
 LEVELS["kernels"] = LEVELS["job"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import StorageError, UsageError
+from ..errors import StorageError, UsageError
 
 
 def submit(
@@ -37,9 +37,9 @@ def submit(
     output_file: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
 ) -> None:
     """Write a Slurm script or a Kubernetes manifest that runs JOB in shards; nothing is submitted."""
-    from .run.cluster.kubernetes import render_kubernetes  # noqa: PLC0415
-    from .run.cluster.options import Request, parse_volume  # noqa: PLC0415
-    from .run.cluster.slurm import render_slurm  # noqa: PLC0415
+    from ..run.cluster.kubernetes import render_kubernetes  # noqa: PLC0415
+    from ..run.cluster.options import Request, parse_volume  # noqa: PLC0415
+    from ..run.cluster.slurm import render_slurm  # noqa: PLC0415
 
     if slurm == k8s:
         raise UsageError("give one of --slurm and --k8s")
@@ -70,8 +70,8 @@ def submit(
 
 def _checked(job: str, allow_code: list[str], *, here: bool) -> tuple[Path, str]:
     """Return the job file's full path and the job's name; a file that only pods see is named by its path."""
-    from .job.loader import load_job  # noqa: PLC0415
-    from .models.factory import AllowList  # noqa: PLC0415
+    from ..job.loader import load_job  # noqa: PLC0415
+    from ..models.factory import AllowList  # noqa: PLC0415
 
     path = Path(job).absolute()
     if not here and not path.is_file():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError
+from ..errors import UsageError
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 _AGE = "such as 30d or 12h"
@@ -25,12 +25,12 @@ def status(
     With --watch and no terminal, or with --json, a line is printed for every change.
     """
     if watch:
-        from .run.watch import watch as watch_run  # noqa: PLC0415
+        from ..run.watch import watch as watch_run  # noqa: PLC0415
 
         watch_run(run, interval, sys.stdout, as_json=as_json)
         return
-    from .run.status import read_status  # noqa: PLC0415
-    from .show import status_json, status_text  # noqa: PLC0415
+    from ..run.status import read_status  # noqa: PLC0415
+    from ..show import status_json, status_text  # noqa: PLC0415
 
     state = read_status(run)
     print(status_json(state) if as_json else status_text(state))
@@ -56,7 +56,7 @@ def gc(
     An artifact goes where every criterion given says so; with it go its scores, what dead processes left, and old
     claims. What a run at work uses stays.
     """
-    from .run.gc import GcRules, collect_garbage  # noqa: PLC0415
+    from ..run.gc import GcRules, collect_garbage  # noqa: PLC0415
 
     rules = GcRules(
         keep_last=keep_last,
