@@ -17,6 +17,7 @@ import pytest
 from dfmpc.report.compact import compact
 from dfmpc.report.parts import read_layers, read_models, write_part, write_parts
 from dfmpc.report.rows import LayerRow, ModelRow
+from dfmpc.report.schema import SCHEMA_VERSION
 
 NOON = datetime(2025, 1, 2, 12, tzinfo=UTC)
 
@@ -56,7 +57,10 @@ def test_all_parts_become_one_and_no_row_changes(tmp_path: Path) -> None:
     # every attempt is kept, and other tools see one file
     sql = f"select attempt, status from '{tmp_path}/report/models/*.parquet' where task = 'net2/p' order by finished_at"
     assert duckdb.sql(sql).fetchall() == [("a0", "failed"), ("a1", "done")]
-    assert pq.read_schema(tmp_path / "report" / "models" / one).metadata[b"dfmpc.schema_version"] == b"1"
+    assert (
+        pq.read_schema(tmp_path / "report" / "models" / one).metadata[b"dfmpc.schema_version"]
+        == str(SCHEMA_VERSION).encode()
+    )
 
 
 def test_a_merged_part_merges_with_later_ones(tmp_path: Path) -> None:

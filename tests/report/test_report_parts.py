@@ -13,6 +13,7 @@ from dfmpc.errors import StorageError, UsageError
 from dfmpc.report import part_files
 from dfmpc.report.parts import read_layers, read_models, write_part, write_parts
 from dfmpc.report.rows import LayerRow, ModelRow
+from dfmpc.report.schema import SCHEMA_VERSION
 
 NOON = datetime(2025, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
 TASK = {"run": "r", "task": "net/mp2-6", "model": "net", "bit_plan": "mp2-6"}
@@ -170,12 +171,12 @@ def test_a_missing_part_of_layers_is_named(tmp_path):
     assert str(lost) in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "said"), [(b"2", "version 2"), (None, "version none")])
+@pytest.mark.parametrize(("version", "said"), [(b"1", "version 1"), (None, "version none")])
 def test_another_schema_version_is_refused_by_name(tmp_path, version, said):
     file = write_part(tmp_path, FULL_MODEL, [], "a1")
     metadata = {} if version is None else {b"dfmpc.schema_version": version}
     pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
-    with pytest.raises(UsageError, match=f"{said}, this dfmpc reads 1") as caught:
+    with pytest.raises(UsageError, match=f"{said}, this dfmpc reads {SCHEMA_VERSION}") as caught:
         read_models(tmp_path)
     assert str(file) in str(caught.value)
 
@@ -183,7 +184,7 @@ def test_another_schema_version_is_refused_by_name(tmp_path, version, said):
 def test_other_columns_under_our_version_are_refused(tmp_path):
     file = write_part(tmp_path, FULL_MODEL, [], "a1")
     pq.write_table(pq.read_table(file).drop_columns(["ratio"]), file)
-    with pytest.raises(UsageError, match="columns are not those of report schema 1"):
+    with pytest.raises(UsageError, match=f"columns are not those of report schema {SCHEMA_VERSION}"):
         read_models(tmp_path)
 
 
