@@ -20,7 +20,6 @@ CHUNK_BYTES = 16 * 2**20
 """What one thread reads and hashes; the leaves of the tree of digests."""
 _SLICE_BYTES = 2**20
 """Of a chunk at a time, so that the hash finds it still in the processor's cache."""
-_HUGE_PAGE = 2 * 2**20
 _MOST_THREADS = 8
 
 Allocate = Callable[[int], memoryview]
@@ -234,9 +233,5 @@ def _memory(path: Path, size: int, allocate: Allocate) -> memoryview:
 
 
 def _pages(size: int) -> memoryview:
-    """Return anonymous private pages; huge ones where the kernel has them, which saves most of the page faults."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # advice only
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
+    """Return anonymous private pages of this process."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

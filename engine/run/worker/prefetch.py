@@ -10,6 +10,7 @@ from pathlib import Path
 from ...job.expand import ModelSource
 from ...models.locate import input_files
 from ...models.reading import Allocate, FileBytes, ReadingStoppedError, read_files
+from .pages import PagePool
 
 _PATIENCE_S = 5.0
 """How long ``close`` waits for a file system that does not answer."""
@@ -35,10 +36,12 @@ class Prefetcher:
     """
 
     def __init__(self, threads: int, limit_bytes: int, allocate: Allocate | None = None) -> None:
-        """``threads`` read and hash; ``allocate`` gives the memory (see ``models.reading.read_files``)."""
+        """``threads`` read and hash; ``allocate`` gives the memory (None: pages that are used again and again)."""
         self.bytes_read = 0
         """All bytes ever read here: it grows while a file system answers."""
-        self._threads, self._limit, self._allocate = threads, limit_bytes, allocate
+        self._threads, self._limit = threads, limit_bytes
+        self._pages = PagePool(limit_bytes)
+        self._allocate = allocate or self._pages
         # Re-entrant, as memory may be collected, and counted, in the middle of what is done under it.
         self._changed = threading.Condition(threading.RLock())
         self._held = 0
@@ -96,6 +99,7 @@ class Prefetcher:
             self._closed = True
             self._cancel()
             running = list(self._running)
+        self._pages.clear()
         for ahead in running:
             ahead.ended.wait(_PATIENCE_S)
 
