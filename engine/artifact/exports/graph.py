@@ -207,7 +207,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _find(program: ExportedProgram, name: str, read: str | None) -> fx.Node | None:
     """Return the node ``name``; where torch.onnx made it out of another, the only one that reads ``read``, if any."""
-    nodes = {node.name: node for node in program.graph.nodes}
+    nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
     if name in nodes:
         return nodes[name]
     readers = list(nodes[read].users) if read in nodes else []

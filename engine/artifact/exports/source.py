@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ...errors import ArtifactError, UnsupportedModelError
-from ...models.capture import canonical_names, export_program
+from ...models.capture import canonical_names
+from ...models.program import load_program
+from ...models.reading import read_files
 from ..loader import load
 from ..manifest import TENSORS, LayerEntry, Manifest, read_manifest
 from ..tensors import TensorFile
@@ -37,6 +39,12 @@ class Source:
     def first_names(self) -> dict[str, str]:
         """The first name of the tensor behind every name of the network's state dict."""
         return canonical_names(self.module.state_dict())
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether a free batch may be tried: a program that was exported for one batch refuses others."""
+        program = self.manifest.source.program
+        return program is None or batch_of(load_program(read_files([self.folder / program])[0])) is None
 
     def parts(self, entry: LayerEntry) -> dict[str, Tensor]:
         """Return the stored tensors of one quantized layer by their names in the file."""
@@ -75,15 +83,15 @@ class Captured:
 
 
 def capture_source(source: Source, dtype: torch.dtype = torch.float32) -> Captured:
-    """Return the program of the dequantized network, for any batch where the network allows.
+    """Return the program of the dequantized network, for any batch where the network (or its own program) allows.
 
     Raises UnsupportedModelError where torch.export cannot follow the network.
     """
     module, shape = source.module.to(dtype), source.manifest.input_shape
     try:
-        program = _any_batch(module, shape, dtype)
+        program = _any_batch(module, shape, dtype) if source.any_batch else _export(module, shape, dtype)
     except UnsupportedModelError:
-        program = export_program(module, shape) if dtype is torch.float32 else _export(module, shape, dtype)
+        program = _export(module, shape, dtype)
     for node in program.graph.nodes:
         # holds paths of this machine
         node.meta.pop("stack_trace", None)
@@ -92,7 +100,12 @@ def capture_source(source: Source, dtype: torch.dtype = torch.float32) -> Captur
 
 def _any_batch(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> ExportedProgram:
     # a batch of one would be taken for a constant
-    return _export(module, (max(2, shape[0]), *shape[1:]), dtype, dynamic=True)
+    program = _export(module, (max(2, shape[0]), *shape[1:]), dtype, dynamic=True)
+    batch = _first(program, program.graph_signature.user_inputs)
+    # a view that has the batch written into it puts several images into one
+    if batch != _first(program, program.graph_signature.user_outputs):
+        raise UnsupportedModelError("the outputs do not have the batch of the input")
+    return program
 
 
 def _export(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, *, dynamic: bool = False) -> ExportedProgram:
@@ -103,13 +116,18 @@ def _export(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, *, dy
     except Exception as error:  # foreign forward code runs here and may raise anything
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
-            f"torch.export cannot capture the network for shape {list(shape)}: {cause}"
+            f"torch.export cannot capture the network for an input of shape {list(shape)}: {cause}; "
+            "use --format state-dict"
         ) from error
 
 
 def batch_of(program: ExportedProgram) -> int | None:
     """Return the batch that ``program`` is for, None where any is."""
-    names = set(program.graph_signature.user_inputs)
-    first = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in names)
-    size = first.meta["val"].shape[0]
-    return int(size) if isinstance(size, int) else None
+    (batch,) = _first(program, program.graph_signature.user_inputs)
+    return int(batch) if batch.isdecimal() else None
+
+
+def _first(program: ExportedProgram, names: Sequence[object]) -> set[str]:
+    """Return the first sizes of the tensors ``names``, as numbers or symbols; empty stands for a scalar."""
+    values = [node.meta["val"] for node in program.graph.nodes if node.name in names]
+    return {str(value.shape[0]) if value.dim() else "" for value in values if isinstance(value, Tensor)}
