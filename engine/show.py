@@ -35,17 +35,21 @@ def run_text(store: Path, ended: RunSummary) -> str:
     parts = [render(models_table(ended.rows)), summary(ended.rows)]
     if ended.explanations:
         parts += ["why tasks were not reused:", *(f"  {line}" for line in ended.explanations)]
+    for task, lines in ended.log_tails.items():
+        parts += [f"end of the log of {task}:", *(f"  {line}" for line in lines)] if lines else []
     return "\n".join([*parts, f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"])
 
 
 def run_json(store: Path, ended: RunSummary) -> str:
-    """Return the same as a document: run, store, exit_code, explanations, unmatched, models (Parquet's names)."""
+    """Return the same as a document: models (Parquet's names), and of the run what ``RunSummary`` has."""
     return _document(
         run=str(ended.run),
         store=str(store),
         exit_code=ended.exit_code,
         explanations=ended.explanations,
         unmatched=ended.unmatched,
+        stopped=ended.stopped,
+        log_tails=ended.log_tails,
         models=json.loads(to_json(ended.rows)),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,9 +34,20 @@ def run(
         str | None,
         typer.Option(metavar="2h30m|TIME|auto", help="Start nothing that would not end by then; auto: Slurm's limit."),
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Refuse to start where the disk may not hold it all.")
+    ] = True,
+    metrics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write figures for Prometheus's textfile collector.")
+    ] = None,
+    on_finish: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Run this in a shell at the end, with the summary as JSON on its input."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compress every model of JOB under every bit-plan; what is finished already is reused."""
+    from ..run.on_finish import run_on_finish  # noqa: PLC0415
     from ..run.scheduler import RunOptions, run_job  # noqa: PLC0415
     from ..run.shards import parse_shard  # noqa: PLC0415
     from ..show import run_json, run_text  # noqa: PLC0415
@@ -50,9 +62,13 @@ def run(
         shard=parse_shard(shard, os.environ) if shard is not None else None,
         grace_s=grace,
         deadline=deadline,
+        preflight=preflight,
+        metrics=metrics,
     )
     loaded = load(job, output, allow_code)
     summary = run_job(loaded, options)
+    if on_finish is not None:
+        run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)
     print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary))
     return summary.exit_code
 

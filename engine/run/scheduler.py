@@ -13,11 +13,15 @@ from ..artifact.attempts import sweep
 from ..errors import HostMemoryError, InterruptedRunError, StorageError
 from ..job.expand import Task, choose, expand
 from ..job.loader import LoadedJob
+from ..report.compact import compact
 from ..report.parts import read_models
 from ..report.rows import ModelRow
 from ..report.tables import counted
+from .filesystem import check_filesystem
 from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
+from .observe import MetricsFile
+from .preflight import disk_preflight
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
 from .schedule.board import Board, Item
@@ -59,6 +63,10 @@ class RunOptions:
     deadline: str | None = None
     """When the run has to be over: a duration, a time, or auto (the end of the Slurm job)."""
     executor: Literal["local", "ray"] = "local"
+    preflight: bool = True
+    """Refuse to start where the artifacts may not fit on the disk."""
+    metrics: Path | None = None
+    """A file for Prometheus's textfile collector."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
 
     Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
-    written. What fails later is in the rows.
+    written, lacks what a store needs, or has no room. What fails later is in the rows.
     """
     tasks = choose(expand(loaded), options.only)
     asked = options.devices or loaded.job.resources.devices
@@ -90,6 +98,9 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     end = parse_deadline(options.deadline, os.environ)
     store = Store(loaded.store)
     store.prepare()
+    check_filesystem(store.root)
+    if options.preflight:
+        disk_preflight(store, tasks)
     frozen = freeze(loaded, tasks)
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     if options.shard is not None:
@@ -125,6 +136,7 @@ class _Run:
         self._board = Board(_items(joined.open_tasks, sizes))
         rules = Rules(cpu_fallback=self._resources.cpu_fallback)
         self._tally = Tally(joined.run, self._board, self._ledger, self._progress, deadline, rules)
+        self._metrics = MetricsFile(options.metrics, joined.run.run_id, frozen.job, len(joined.tasks))
 
     def carry_out(self, devices: Sequence[str], asked: str | Sequence[str], interrupts: Interrupts) -> str:
         """Do the open tasks; return why some are left, empty where none is."""
@@ -134,12 +146,24 @@ class _Run:
             sweep_leftovers(self._store, self._progress)
             if stopped:
                 self._progress.note(self._interrupted_text(stopped))
-            elif not self._board:  # a signal that comes after the last task interrupts nothing
-                self._tally.record(Event(Kind.RUN_FINISHED))
+            else:  # a signal that comes after the last task interrupts nothing
+                self._finish()
         finally:
             self._progress.close()
             self._ledger.close()
         return stopped
+
+    def _finish(self) -> None:
+        """Close the run, unless other shards are still at it."""
+        run = self._joined.run
+        rows = {row.task for row in read_models(run.path)} | self._tally.rows.keys()
+        if any(task.id not in rows for task in self._frozen.tasks):
+            return
+        self._tally.record(Event(Kind.RUN_FINISHED))
+        try:
+            compact(run.path, lambda text: self._progress.note(f"warning: {text}"))
+        except StorageError as error:
+            self._progress.note(f"warning: the report stays in parts: {error}")
 
     def summary(self, stopped: str) -> RunSummary:
         """Return what came of this command's part of the list."""
@@ -148,10 +172,12 @@ class _Run:
         rows = {row.task: row for row in read_models(joined.run.path)} | tally.rows
         ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
         incomplete = bool(stopped) or any(task.id not in rows for task in self._frozen.tasks)
+        exit_code = InterruptedRunError.exit_code if stopped else exit_code_of(ordered)
+        self._metrics.finish(tally, ordered, exit_code)
         return RunSummary(
             run=joined.run.path,
             rows=ordered,
-            exit_code=InterruptedRunError.exit_code if stopped else exit_code_of(ordered),
+            exit_code=exit_code,
             explanations=tally.explanations if self._options.explain else [],
             resumed=joined.resumed,
             unmatched=[] if incomplete else unmatched_rules(joined.run.path, self._frozen.tasks[0].layers),
@@ -189,7 +215,11 @@ class _Run:
         promises = Promises(host_bytes, devices)
         limits = Limits(resources.task_timeout, resources.stuck_after, options.grace_s)
         slots = make_slots(devices, each, settings)
-        return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits)
+
+        def observe(running: int, workers: int) -> None:
+            self._metrics.update(self._tally, running, workers)
+
+        return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits, observe)
 
     def _interrupted_text(self, stopped: str) -> str:
         left = counted(len(self._board), "task")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -46,9 +46,12 @@ class Dispatcher:
         promises: Promises,
         deadline: Deadline,
         limits: Limits,
+        observe: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
+        """``observe`` hears now and then how many tasks are at work and how many workers live."""
         self._slots, self._board, self._tally, self._promises = slots, board, tally, promises
         self._deadline, self._limits = deadline, limits
+        self._observe = observe
         self._usable = list(slots)
         self._last_words = "no slot is usable"
 
@@ -107,8 +110,9 @@ class Dispatcher:
     # waiting and hearing
 
     def _show(self) -> None:
-        at_work = [slot.at_work for slot in self._slots]
-        self._tally.progress.running([item.task.id for item in at_work if item is not None])
+        at_work = [item.task.id for slot in self._slots if (item := slot.at_work) is not None]
+        self._tally.progress.running(at_work)
+        self._observe(len(at_work), sum(slot.worker is not None for slot in self._slots))
 
     def _await(self, interrupts: Interrupts, end: float | None = None) -> None:
         """Wait for a message, a dead worker, a signal, a limit, the next line of progress or ``end`` (monotonic)."""
