@@ -93,7 +93,7 @@ def test_mig_slices_count_as_devices_with_and_without_a_list(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n"
-        "for n in 0 1 2; do echo \"  MIG 1g.10gb Device $n: (UUID: MIG-$n)\"; done\n"
+        'for n in 0 1 2; do echo "  MIG 1g.10gb Device $n: (UUID: MIG-$n)"; done\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
