@@ -38,7 +38,7 @@ class MetricsFile:
         kept = list(rows)
         counts = Counter(row.status for row in kept)
         waiting = max(0, self._tasks - len(kept) - running)
-        tasks: dict[str, int] = {**counts, "running": running, "waiting": waiting}
+        tasks = {**{str(status): count for status, count in counts.items()}, "running": running, "waiting": waiting}
         snapshot = MetricsSnapshot(self._run, self._job, self._started, tasks, workers, kept, exit_code)
         try:
             write_metrics(self._path or Path(), snapshot)
