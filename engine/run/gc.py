@@ -105,6 +105,7 @@ def collect_garbage(store_root: Path, rules: GcRules, *, delete: bool = False) -
         uses = uses_of(store)
         items = _find(store, rules, uses)
         if delete:
+            items = _without_live(store, items)
             _remove(store, items)
     notes = [f"{use.run.path} is at work: what its tasks use stays" for use in uses if use.live]
     return GcResult(str(store_root), delete, sum(item.bytes for item in items), items, notes)
@@ -191,6 +192,23 @@ def _claims(store: Store, now: float) -> Iterator[Garbage]:
     for file in _files(store.claims):
         if now - file.stat().st_mtime > _CLAIM_S:
             yield _item(store, "claim", file, "no command is about to follow it")
+
+
+def _without_live(store: Store, items: Sequence[Garbage]) -> list[Garbage]:
+    """Leave out what a run that began while we looked may use: adding up the sizes of a large store takes its time."""
+    live = [use for use in uses_of(store) if use.live]
+    spared = {item.path for item in items if item.kind == "artifact" and any(u.has_task(_task(item)) for u in live)}
+    keys = {Path(path).name for path in spared}
+    return [item for item in items if item.path not in spared and not _is_scores_of(store, item, keys)]
+
+
+def _is_scores_of(store: Store, item: Garbage, keys: set[str]) -> bool:
+    return bool(keys) and item.kind == "evaluation" and (_artifact_of(store.root / item.path) or "")[:12] in keys
+
+
+def _task(artifact: Garbage) -> str:
+    """Return MODEL/PLAN of artifacts/MODEL/PLAN/KEY."""
+    return "/".join(Path(artifact.path).parts[-3:-1])
 
 
 def _remove(store: Store, items: Sequence[Garbage]) -> None:

@@ -20,6 +20,7 @@ from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.report.parts import write_part
 from dfmpc.report.rows import ModelRow
+from dfmpc.run import gc
 from dfmpc.run.claims import start_run
 from dfmpc.run.gc import GcResult, GcRules, collect_garbage
 from dfmpc.run.ledger import Event, Kind, Ledger
@@ -160,6 +161,22 @@ def test_what_a_run_at_work_uses_stays_whatever_is_asked(bench: Bench) -> None:
     assert paths(result) == [other]
     assert bench.left() == names
     assert result.notes == [f"{run.path} is at work: what its tasks use stays"]
+
+
+def test_a_run_that_begins_while_we_look_keeps_what_it_may_use(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = bench.artifact("own", days=9), bench.artifact("other", "c/r4", 9)
+    ledger = Ledger(bench.run())
+
+    def late(_: Path) -> list[Path]:
+        ledger.append(Event(Kind.TASK_STARTED, task="a/r4", attempt="2"))
+        return []
+
+    monkeypatch.setattr(gc, "abandoned", late)
+    result = bench.gc(older_than_s=DAY)
+    ledger.close()
+    assert [item.path for item in result.items] == [other, "evaluations/other.json"]
+    assert bench.left() == {own}
+    assert (bench.store.evaluations / "own.json").is_file()
 
 
 @pytest.mark.parametrize("what", ["tasks.json", "report"])
