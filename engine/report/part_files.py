@@ -40,11 +40,17 @@ def part_file(run_folder: Path, kind: Kind, name: str) -> Path:
 
 
 def part_names(run_folder: Path, kind: Kind) -> list[str]:
-    """Return the names of the parts that have rows of ``kind``, in order; what is being written has none yet."""
+    """Return the names of the parts that have rows of ``kind``, in order; what is being written has none yet.
+
+    Raises UsageError where the folder cannot be read.
+    """
+    folder = run_folder / "report" / kind
     try:
-        entries = os.listdir(run_folder / "report" / kind)
+        entries = os.listdir(folder)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror}): check its rights") from error
     return sorted(name for name in entries if name.endswith(".parquet") and not name.startswith("."))
 
 

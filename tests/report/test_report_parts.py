@@ -153,6 +153,13 @@ def test_a_run_without_parts_is_empty_and_no_run_is_an_error(tmp_path):
         read_models(tmp_path / "absent")
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "models").write_text("a file where the folder belongs")
+    with pytest.raises(UsageError, match=r"report/models cannot be read \(Not a directory\)"):
+        read_models(tmp_path)
+
+
 def test_a_torn_part_is_named(tmp_path):
     file = write_part(tmp_path, FULL_MODEL, [FULL_LAYER], "a1")
     file.write_bytes(file.read_bytes()[:-30])
