@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ _BATCH = 2
 """Of the compared inputs, where any batch runs."""
 
 
+class Mode(StrEnum):
+    """How onnxruntime may run a graph."""
+
+    AS_WRITTEN = "as written"
+    OPTIMIZED = "optimized"
+    FOLDED = "folded"
+    """Optimized, and weights dequantized once, when the session starts."""
+
+
 @dataclass(frozen=True)
 class ParityResult:
     """One artifact in a runtime beside ``dfmpc.load``; errors are relative, 0 is the same bit for bit."""
@@ -42,6 +52,8 @@ class ParityResult:
     """Largest |found − expected| over the largest |expected| of an output, the graph run as it is written."""
     optimized_error: float
     """The same after the runtime's own optimizations."""
+    folded_error: float
+    """The same with weights dequantized once, when the session starts (``session.disable_quant_qdq``)."""
     findings: list[str]
     """One sentence for each weight or output beyond the tolerance; none means parity."""
 
@@ -49,7 +61,7 @@ class ParityResult:
         """Return the figures on one line."""
         return (
             f"{self.runtime}: {self.weights} weights within {self.weight_error:.2g}, outputs within "
-            f"{self.output_error:.2g} ({self.optimized_error:.2g} optimized)"
+            f"{self.output_error:.2g} ({self.optimized_error:.2g} optimized, {self.folded_error:.2g} folded)"
         )
 
 
@@ -87,21 +99,22 @@ def compare(source: Source, model: OnnxModel, tolerance: float = TOLERANCE) -> P
     errors = {name: element_error(found[name], expected[name]) for name in found}
     images = _inputs(source, model)
     reference = _outputs(source.module, images)
-    plain, optimized = (
-        max(map(tensor_error, run(model.proto, images, optimize=optimize), reference)) for optimize in (False, True)
-    )
+    outputs = {mode: max(map(tensor_error, run(model.proto, images, mode), reference)) for mode in Mode}
     beyond = [f"{name}: relative error {error:.3g}" for name, error in errors.items() if not error <= tolerance]
-    for name, error in (("as written", plain), ("optimized", optimized)):
-        if not error <= tolerance:
-            beyond.append(f"outputs of the graph {name}: relative error {error:.3g}")
+    beyond += [
+        f"outputs of the graph {mode}: relative error {error:.3g}"
+        for mode, error in outputs.items()
+        if not error <= tolerance
+    ]
     version = f"onnxruntime {onnxruntime.__version__}"
     return ParityResult(
         path=source.folder,
         runtime=version,
         weights=len(errors),
         weight_error=max(errors.values(), default=0.0),
-        output_error=plain,
-        optimized_error=optimized,
+        output_error=outputs[Mode.AS_WRITTEN],
+        optimized_error=outputs[Mode.OPTIMIZED],
+        folded_error=outputs[Mode.FOLDED],
         findings=[f"{text}; {version} may differ from dfmpc.load by {tolerance:g}" for text in beyond],
     )
 
@@ -115,18 +128,20 @@ def dequantized_weights(model: OnnxModel) -> dict[str, Tensor]:
     del proto.graph.node[:], proto.graph.output[:], proto.graph.input[:]
     proto.graph.node.extend(needed)
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    return dict(zip(names, _run(proto, {}, optimize=False), strict=True)) if names else {}
+    return dict(zip(names, _run(proto, {}, Mode.AS_WRITTEN), strict=True)) if names else {}
 
 
-def run(proto: onnx.ModelProto, images: Tensor, *, optimize: bool) -> list[Tensor]:
-    """Return the outputs of ``proto`` for ``images`` in onnxruntime on the CPU, with or without its optimizations."""
-    return _run(proto, {proto.graph.input[0].name: images}, optimize=optimize)
+def run(proto: onnx.ModelProto, images: Tensor, mode: Mode) -> list[Tensor]:
+    """Return the outputs of ``proto`` for ``images`` in onnxruntime on the CPU."""
+    return _run(proto, {proto.graph.input[0].name: images}, mode)
 
 
-def _run(proto: onnx.ModelProto, inputs: Mapping[str, Tensor], *, optimize: bool) -> list[Tensor]:
+def _run(proto: onnx.ModelProto, inputs: Mapping[str, Tensor], mode: Mode) -> list[Tensor]:
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if mode is Mode.AS_WRITTEN else levels.ORT_ENABLE_ALL
+    if mode is Mode.FOLDED:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     # by default a fused product with packed weights rounds its inputs to eight bits
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
