@@ -26,7 +26,10 @@ PHASES = ("read_s", "compress_s", "write_s", "evaluate_s")
 SAMPLE_S = 0.2
 """Between two looks at the memory of the processes."""
 FLAT = 1.1
-"""Memory is flat where the last quarter's median is at most this times the first quarter's."""
+"""Memory is flat where the last quarter's median is at most this times the first quarter's.
+
+The largest models run first, so this says something of networks of one size and little of a mix.
+"""
 _MIB = 2**20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _COMMAND = (sys.executable, "-P", "-c", "from dfmpc.cli import main; main()", "run")
