@@ -14,6 +14,7 @@ from ...models.factory import AllowList
 from ..failures import Failure, Mode
 from ..ledger import Ledger
 from ..messages import Alive, Ready, RunTask, WorkerSettings
+from ..schedule.interrupts import SIGNALS
 from ..shared import SharedModel
 from ..store import RunFolder
 from .attempt import Attempt, Context
@@ -32,7 +33,8 @@ _LASTING = frozenset({None, Failure.DATA, Failure.BUG})
 
 def main() -> None:
     """Serve the scheduler at the other end of the socket whose file descriptor is the first argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler decides what Ctrl-C means
+    for number in SIGNALS:  # the scheduler decides what they mean, also where a cluster sends them to every process
+        signal.signal(number, signal.SIG_IGN)
     line = int(sys.argv[1])
     os.set_inheritable(line, False)
     connection = Connection(line)
@@ -63,9 +65,9 @@ class Worker:
 
     def serve(self) -> None:
         """Return when the line is closed, or after an error that sticks to the process."""
+        self._line.send(Ready())  # before a task arrives: what kills this process from there on is the task's
         Heartbeat(lambda: self._line.send(Alive()), lambda: self._prefetcher.bytes_read)
         inbox = Inbox(self._line, arrived=self._arrived)
-        self._line.send(Ready())
         while (order := inbox.next()) is not None:
             failure = self._attempt(order)
             if failure is Failure.POISONED:
