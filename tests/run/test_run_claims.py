@@ -199,3 +199,22 @@ def test_a_claim_that_names_no_run_is_told_by_its_name(tmp_path: Path) -> None:
     claim.write_text("../elsewhere")
     with pytest.raises(StorageError, match=r"-after-none names no run but '\.\./elsewhere': remove this file"):
         _join(tmp_path)
+
+
+def test_a_rename_that_was_done_but_not_reported_makes_the_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS asks again when an answer is lost, and then does not find what it has renamed."""
+    rename = os.rename
+
+    def lost(source: Path, target: Path) -> None:
+        rename(source, target)
+        rename(source, target)
+
+    _write_job(tmp_path)
+    monkeypatch.setattr(os, "rename", lost)
+    joined = _join(tmp_path)
+    monkeypatch.undo()
+    assert (_runs(tmp_path), len(joined.open_tasks)) == ([joined.run.run_id], len(TASKS))
+    assert _join(tmp_path).run == joined.run
+    assert _leftovers(tmp_path) == []
