@@ -109,6 +109,10 @@ class History:
     mode: Mode = field(default_factory=Mode)
     counts: Counter[Failure] = field(default_factory=Counter)
 
+    def suspect(self) -> None:
+        """Have it tried alone, at no cost: it was one of several at which a worker ended."""
+        self.mode = replace(self.mode, alone=True)
+
     def after(self, failure: Failure, *, cpu_fallback: bool) -> Retry | None:
         """Count ``failure``; return how to try again, or None where its budget is spent."""
         self.counts[failure] += 1

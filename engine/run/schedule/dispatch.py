@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 
 from ...errors import TaskTimeoutError, WorkerDiedError
 from ..failures import Failure, classify_exit
@@ -24,6 +24,10 @@ _FALSE_STARTS = 3
 """How many workers in a row may end before their first word until the slot is given up."""
 _WORTH_S = 10.0
 """Seconds of work that must be left in another slot's group before a worker is started just to help with it."""
+_LONGEST_WAIT_S = 3600.0
+"""The system's own limit is 24 days."""
+_LATE_S = 1.0
+"""A wait that ends later than this was held up: by a stopped process, a frozen container, a suspended job."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,15 @@ class Dispatcher:
         reason = ""
         try:
             while not reason and (self._board or self._busy()):
-                self._hand_out()
-                if self._busy() or self._waiting_for_time():
+                # one time for all: what is not yet due when it could be handed out must be waited for below
+                now, usable = time.monotonic(), len(self._usable)
+                self._hand_out(now)
+                if self._busy() or self._waiting_for_time(now):
                     self._show()
-                    self._await(interrupts)
+                    self._await(interrupts, [self._board.wait_s(now), self._deadline.left_s()])
                     self._enforce_limits()
                     reason = self._reason_to_end(interrupts)
-                else:
+                elif len(self._usable) == usable:  # else what was refused to others may be theirs now
                     reason = self._nobody_left()
             if reason:
                 self._drain(interrupts, reason)
@@ -77,9 +83,9 @@ class Dispatcher:
 
     # handing out
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, now: float) -> None:
         for slot in list(self._usable):
-            while slot in self._usable and slot.hungry and (item := self._next_for(slot)) is not None:
+            while slot in self._usable and slot.hungry and (item := self._next_for(slot, now)) is not None:
                 self._promises.make(slot, item)
                 try:
                     slot.give(item)
@@ -87,7 +93,7 @@ class Dispatcher:
                     self._board.put_back(item)
                     self._false_start(slot, f"no worker could be started on {slot.device}: {error}")
 
-    def _next_for(self, slot: Slot) -> Item | None:
+    def _next_for(self, slot: Slot, now: float) -> Item | None:
         if slot.given and slot.given[-1].history.mode.alone:
             return None
 
@@ -105,7 +111,7 @@ class Dispatcher:
             return seconds is not None and (slot.worker is not None or waiting * seconds >= _WORTH_S)
 
         others = frozenset(other.model for other in self._slots if other is not slot and other.busy and other.model)
-        return self._board.take(Asker(slot.model, others, may, pays), time.monotonic())
+        return self._board.take(Asker(slot.model, others, may, pays), now)
 
     # waiting and hearing
 
@@ -114,26 +120,31 @@ class Dispatcher:
         self._tally.progress.running(at_work)
         self._observe(len(at_work), sum(slot.worker is not None for slot in self._slots))
 
-    def _await(self, interrupts: Interrupts, end: float | None = None) -> None:
-        """Wait for a message, a dead worker, a signal, a limit, the next line of progress or ``end`` (monotonic)."""
-        lines = {slot.worker.connection: slot for slot in self._slots if slot.worker}
-        sources: list[Connection | int] = [*lines, interrupts.fd]
-        for ready in wait(sources, self._wait_s(end)):
-            if isinstance(ready, Connection):
-                self._receive(lines[ready])
-            else:
+    def _await(self, interrupts: Interrupts, waits: Sequence[float | None]) -> None:
+        """Wait for a word, a dead worker, a signal, a limit, the next line of progress or the least of ``waits``."""
+        slots: dict[object, Slot] = {sign: slot for slot in self._slots if slot.worker for sign in slot.worker.signs}
+        began, wait_s = time.monotonic(), self._wait_s(waits)
+        lines = [sign for slot in self._slots if slot.worker for sign in slot.worker.signs]
+        found = wait([*lines, interrupts.fd], wait_s)
+        self._excuse(time.monotonic() - began - wait_s)
+        for ready in found:
+            if ready == interrupts.fd:
                 interrupts.clear()
+            elif slots[ready].worker is not None:
+                self._receive(slots[ready])
 
-    def _wait_s(self, end: float | None) -> float | None:
+    def _wait_s(self, waits: Sequence[float | None]) -> float:
         now = time.monotonic()
-        ends = [end]
-        ends += [slot.deadline(self._limits.task_s) for slot in self._slots]
+        ends = [slot.deadline(self._limits.task_s) for slot in self._slots]
         ends += [slot.heard + self._limits.silent_s for slot in self._slots if slot.busy]
-        waits = [end - now for end in ends if end is not None]
-        waits += [left for left in (self._board.wait_s(now), self._deadline.left_s()) if left is not None]
-        if self._tally.progress.wait_s is not None:
-            waits.append(self._tally.progress.wait_s)
-        return max(0.0, min(waits)) if waits else None
+        left = [*waits, self._tally.progress.wait_s, *(end - now for end in ends if end is not None)]
+        return max(0.0, min([_LONGEST_WAIT_S, *(each for each in left if each is not None)]))
+
+    def _excuse(self, late_s: float) -> None:
+        """Count nothing against the workers while this process was stopped: they may have been stopped too."""
+        if late_s > _LATE_S:
+            for slot in self._slots:
+                slot.heard, slot.since = slot.heard + late_s, slot.since + late_s
 
     def _receive(self, slot: Slot) -> None:
         message = slot.worker.receive() if slot.worker else None
@@ -181,24 +192,19 @@ class Dispatcher:
         slot.false_starts += 1
         self._put_back_rest(slot)
         self._promises.release(slot)
-        if slot.false_starts >= _FALSE_STARTS:
+        if slot.false_starts >= _FALSE_STARTS and slot in self._usable:
             self._tally.progress.note(f"warning: {why}; slot {slot.number} is given up")
             self._usable.remove(slot)
             self._last_words = why
 
     def _lose(self, slot: Slot, failure: Failure, error: WorkerDiedError | TaskTimeoutError) -> None:
-        """Charge what the worker was at; what its finisher had was nearly done and what it had not begun is free."""
-        charged = slot.at_work or (slot.given[0] if slot.given else None)
-        for item in list(slot.given):
-            started = slot.attempts.get(item.task.id)
-            if item is charged:
-                slot.settle(item.task.id)
-                self._tally.lose(item, failure, error, started, slot.device)
-            elif started is not None:
-                slot.settle(item.task.id)
-                if not self._tally.finished_meanwhile(started):
-                    self._board.put_back(item)
+        """Charge what the worker was at; what it had not begun is free, and so are two of which one was to blame."""
+        attempts = dict(slot.attempts)
+        begun = [item for item in slot.given if item.task.id in attempts] or slot.given[:1]
+        for item in begun:
+            slot.settle(item.task.id)
         self._put_back_rest(slot)
+        self._tally.lose(begun, attempts, failure, error, slot.device)
         self._promises.release(slot)
 
     def _put_back_rest(self, slot: Slot) -> None:
@@ -212,12 +218,15 @@ class Dispatcher:
         now, limit_s, silent_s = time.monotonic(), self._limits.task_s, self._limits.silent_s
         for slot in self._slots:
             deadline = slot.deadline(limit_s)
-            if slot.busy and slot.worker is not None and now >= slot.heard + silent_s:
-                slot.drop_worker()
+            silent = slot.busy and now >= slot.heard + silent_s
+            late = deadline is not None and now >= deadline
+            if not (silent or late) or slot.worker is None or slot.worker.has_word():
+                continue  # what has come meanwhile is heard first
+            slot.drop_worker()
+            if silent:
                 text = f"no sign of work for {silent_s:g} s (resources.stuck_after): the worker was killed"
                 self._lose(slot, Failure.STUCK, WorkerDiedError(text))
-            elif deadline is not None and now >= deadline:
-                slot.drop_worker()
+            else:
                 text = f"not finished after {limit_s:g} s (resources.task_timeout): raise it, or leave the task out"
                 self._lose(slot, Failure.TIMEOUT, TaskTimeoutError(text))
 
@@ -238,9 +247,9 @@ class Dispatcher:
             return "stopped by --deadline"
         return ""
 
-    def _waiting_for_time(self) -> bool:
+    def _waiting_for_time(self, now: float) -> bool:
         """Tell whether something will be handed out later although nobody is at work now."""
-        return self._board.wait_s(time.monotonic()) is not None and bool(self._usable)
+        return self._board.wait_s(now) is not None and bool(self._usable)
 
     def _nobody_left(self) -> str:
         """Nobody is at work and nothing can be handed out: too little time is left, or no slot is usable."""
@@ -261,7 +270,8 @@ class Dispatcher:
             grace = f"up to {self._limits.grace_s:g} s for {at_work} at work; a second signal ends at once"
             self._tally.progress.note(f"{reason}: {grace}")
         while self._busy() and not interrupts.again and time.monotonic() < end:
-            self._await(interrupts, end)
+            self._show()
+            self._await(interrupts, [end - time.monotonic()])
             self._enforce_limits()
         for slot in self._slots:
             slot.drop_worker()

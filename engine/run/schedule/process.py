@@ -41,30 +41,38 @@ class WorkerProcess:
 
     def __init__(self, settings: WorkerSettings) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # the scheduler's stdout may be a JSON document
-                start_new_session=True,
-                env=_environment(settings),
-            )
-        self.connection: Connection = Connection(ours.detach())
+        with ours, theirs:
+            self._process = start_process(theirs.fileno(), environment_of(settings))
+            self.connection: Connection = Connection(ours.detach())
+        self._sentinel = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
         self.send(settings)
+
+    @property
+    def signs(self) -> list[Connection | int]:
+        """What becomes readable when the worker has said something or has ended.
+
+        The line alone would not do: whatever the worker forked holds it open too.
+        """
+        return [self.connection] if self._sentinel is None else [self.connection, self._sentinel]
 
     def send(self, message: ToWorker) -> None:
         """Send ``message``; a worker that is gone is noticed by the next ``receive``."""
         try:
             self.connection.send(message)
-        except ConnectionError:
+        except OSError:
             return
 
+    def has_word(self) -> bool:
+        """Tell whether ``receive`` has something to return."""
+        return self.connection.poll()
+
     def receive(self) -> Message | None:
-        """Return the next message, or None where the worker is gone."""
+        """Return the next message, or None where the worker is gone. Called when one of ``signs`` is readable."""
         try:
+            if not self.connection.poll():
+                return None  # it has ended, and something that it forked still holds the line
             message: Message = self.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # a worker that is killed in mid-word leaves half of it
             return None
         return message
 
@@ -80,6 +88,8 @@ class WorkerProcess:
         code = self._process.wait()
         self._signal(signal.SIGKILL)  # what it started may outlive it
         self.connection.close()
+        if self._sentinel is not None:
+            os.close(self._sentinel)
         return Ended(code, f"(process {self.pid}) {describe_exit(code)}")
 
     @property
@@ -94,7 +104,20 @@ class WorkerProcess:
             return
 
 
-def _environment(settings: WorkerSettings) -> dict[str, str]:
+def start_process(line: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker that leads a session of its own and serves the socket with the file descriptor ``line``."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _BOOT, str(line), json.dumps(sys.path)],
+        pass_fds=(line,),
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # the scheduler's stdout may be a JSON document
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def environment_of(settings: WorkerSettings) -> dict[str, str]:
+    """Return the environment of a worker with ``settings``."""
     environment = {_SPIN: "10000", _TRITON: triton_cache(), **os.environ}
     environment |= dict.fromkeys(_THREADS, str(settings.threads))
     if settings.visible is not None:

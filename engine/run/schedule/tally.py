@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -81,10 +82,29 @@ class Tally:
         else:
             self._after_failure(item, outcome.failure, row)
 
-    def lose(self, item: Item, failure: Failure, error: DfmpcError, started: Started | None, device: str) -> None:
-        """Take note that whoever was at ``item`` is gone, unless the item had just been finished."""
-        if started is not None and self.finished_meanwhile(started):
+    def lose(
+        self, items: Sequence[Item], attempts: Mapping[str, Started], failure: Failure, error: DfmpcError, device: str
+    ) -> None:
+        """Take note that the worker that was at ``items`` is gone; those that it had just finished are settled.
+
+        Of one that is left it was the fault. Of several (one was computed while another was committed) nobody knows:
+        each is tried again alone, at no cost, which shows it.
+        """
+        left = [item for item in items if not self._just_finished(attempts.get(item.task.id))]
+        if len(left) == 1:
+            self._charge(left[0], failure, error, attempts.get(left[0].task.id), device)
             return
+        for item in reversed(left):
+            item.history.suspect()
+            self.board.put_back(item)
+        if left:
+            names = ", ".join(item.task.id for item in left)
+            self.progress.note(f"{names}: {failure}, each tried again alone as either may be the cause: {error}")
+
+    def _just_finished(self, started: Started | None) -> bool:
+        return started is not None and self.finished_meanwhile(started)
+
+    def _charge(self, item: Item, failure: Failure, error: DfmpcError, started: Started | None, device: str) -> None:
         attempt = started.attempt if started else uuid.uuid4().hex[:12]
         row = bare_row(self.run, item.task, "failed", attempt, device)
         self._after_failure(item, failure, failed(row, self._with_log(item.task, error, started)))
@@ -104,7 +124,7 @@ class Tally:
 
     def interrupt(self, item: Item, started: Started, device: str) -> None:
         """Note that an attempt was cut short; that costs the task nothing."""
-        if self.finished_meanwhile(started):
+        if self._just_finished(started):
             return
         row = bare_row(self.run, item.task, "interrupted", started.attempt, device)
         self._keep(replace(row, finished_at=datetime.now(UTC)))

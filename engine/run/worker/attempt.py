@@ -27,7 +27,7 @@ from ..messages import Message, Started, TaskOutcome, WorkerSettings
 from ..outcome import bare_row, failed, layer_rows, with_manifest, with_scores
 from ..shared import SharedModel
 from ..store import RunFolder, Store
-from .attempt_log import attempt_log, log_traceback
+from .attempt_log import append_traceback, attempt_log, log_traceback
 from .explain import why_not_reused
 from .finisher import Finisher
 from .memory import peak_bytes, peak_device_bytes, reset_peak
@@ -70,10 +70,11 @@ class _Made:
     failure: Failure | None = None
     explanation: str = ""
     problem: str = ""
-    refused: StorageError | None = None
+    refused: Exception | None = None
     """Why the artifact could not be committed."""
     compress_s: float = 0.0
     write_s: float = 0.0
+    commit_s: float = 0.0
     evaluate_s: float = 0.0
 
 
@@ -94,15 +95,21 @@ class Attempt:
     def run(self) -> Failure | None:
         """Do it up to what the finisher does behind it; return the class of a failure that is known by now."""
         self.context.send(Started(self.task.id, self.id))
-        self._record(Event(Kind.TASK_STARTED, task=self.task.id, attempt=self.id, device=self.made.row.device or ""))
-        self._in_log()
+        if self._recorded(
+            Event(Kind.TASK_STARTED, task=self.task.id, attempt=self.id, device=self.made.row.device or "")
+        ):
+            self._in_log()
         made = self._measured()
         self.context.finisher.put(lambda: self._end(made))
         return made.failure
 
+    @property
+    def _log(self) -> Path:
+        return self.context.run.log_file(self.task.model.name, self.task.plan.name, self.id)
+
     def _in_log(self) -> None:
         try:
-            with attempt_log(self.context.run.log_file(self.task.model.name, self.task.plan.name, self.id)):
+            with attempt_log(self._log):
                 self._guarded()
         except StorageError as error:
             self._fail(error)
@@ -220,10 +227,11 @@ class Attempt:
         started = time.perf_counter()
         try:
             commit(attempt, target)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - it is this task's, whatever the worker is at by now
             self.made.refused = error
+            append_traceback(self._log, error)
             _discard_quietly(attempt)
-        self.made.write_s += time.perf_counter() - started
+        self.made.commit_s = time.perf_counter() - started
 
     def _measured(self) -> _Made:
         self.made.row = replace(
@@ -243,16 +251,23 @@ class Attempt:
             made.row,
             compress_s=made.compress_s,
             write_s=made.write_s,
+            commit_s=made.commit_s,
             evaluate_s=made.evaluate_s,
             gb_per_s=_rate(made),
         )
         self.context.finisher.report(TaskOutcome(row, made.failure, made.explanation, made.problem), made.layers)
 
-    def _record(self, event: Event) -> None:
+    def _recorded(self, event: Event) -> bool:
+        """Append to the ledger; a full disk is said at the end, and anything else fails the attempt."""
         try:
             self.context.ledger.append(event)
         except StorageError as error:
             self.made.problem = self.made.problem or str(error)
+        except Exception as error:  # noqa: BLE001 - it costs this task, not the worker
+            append_traceback(self._log, error)
+            self._fail(error)
+            return False
+        return True
 
 
 def _rate(made: _Made) -> float | None:

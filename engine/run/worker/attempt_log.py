@@ -46,6 +46,16 @@ def log_traceback(error: BaseException) -> None:
         return
 
 
+def append_traceback(file: Path, error: BaseException) -> None:
+    """Append ``error`` with its traceback to the log ``file`` of an attempt that nobody is in any more."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8", errors="replace") as log:
+            traceback.print_exception(error, file=log)
+    except OSError:
+        return
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:

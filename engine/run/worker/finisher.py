@@ -22,6 +22,7 @@ from ..store import RunFolder
 
 _AHEAD = 2
 """Steps that may wait: the commit of one task and its report. Whoever brings a third waits."""
+_Ended = tuple[TaskOutcome, list[LayerRow]]
 _BATCH = 64
 _BATCH_S = 0.25
 """Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds."""
@@ -35,7 +36,7 @@ class Finisher:
     def __init__(self, run: RunFolder, ledger: Ledger, send: Callable[[Message], None]) -> None:
         self._run, self._ledger, self._send = run, ledger, send
         self._steps: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
-        self._ended: list[tuple[TaskOutcome, list[LayerRow]]] = []
+        self._ended: list[_Ended] = []
         self._since = 0.0
         self._thread = threading.Thread(target=self._work, name="finisher", daemon=True)
         self._thread.start()
@@ -79,28 +80,46 @@ class Finisher:
 
     def _flush(self) -> None:
         ended, self._ended = self._ended, []
-        if not ended:
+        if ended:
+            self._keep_and_tell(ended)
+
+    def _keep_and_tell(self, ended: list[_Ended]) -> None:
+        problem = self._keep([(outcome.row, layers) for outcome, layers in ended if outcome.failure is None])
+        if problem is not None and not isinstance(problem, StorageError) and len(ended) > 1:
+            for each in ended:  # one of them cannot be kept, which is not the others' fault
+                self._keep_and_tell([each])
             return
-        good = [(outcome.row, layers) for outcome, layers in ended if outcome.failure is None]
-        problem = self._keep(good)
-        try:
-            self._ledger.append_all([_event(outcome) for outcome, _ in ended])
-        except StorageError as error:
-            problem = problem or error
-        for outcome, _ in ended:
+        outcomes = [outcome if problem is None else _unkept(outcome, problem) for outcome, _ in ended]
+        problem = self._record([_event(outcome) for outcome in outcomes])
+        for outcome in outcomes:
             self._send(outcome if problem is None else _unkept(outcome, problem))
 
-    def _keep(self, rows: list[tuple[ModelRow, list[LayerRow]]]) -> StorageError | None:
+    def _keep(self, rows: list[tuple[ModelRow, list[LayerRow]]]) -> Exception | None:
         try:
             if rows:
                 write_parts(self._run.path, rows)
-        except StorageError as error:
-            return error
+        except Exception as error:  # noqa: BLE001 - it fails those tasks, not what the worker is at by now
+            return _said(error)
+        return None
+
+    def _record(self, events: list[Event]) -> Exception | None:
+        try:
+            self._ledger.append_all(events)
+        except Exception as error:  # noqa: BLE001 - the same
+            return _said(error)
         return None
 
 
-def _unkept(outcome: TaskOutcome, error: StorageError) -> TaskOutcome:
-    """Return what the scheduler hears where the disk would not take the outcome."""
+def _said(error: Exception) -> Exception:
+    """Return ``error``, with its traceback on stderr where it is none of ours."""
+    if not isinstance(error, StorageError):
+        traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.flush()
+    return error
+
+
+def _unkept(outcome: TaskOutcome, error: Exception) -> TaskOutcome:
+    """Return what the scheduler hears where the outcome could not be kept."""
     if outcome.failure is not None:
         return replace(outcome, problem=str(error))
     return replace(outcome, row=failed(outcome.row, error), failure=classify(error), problem=str(error))

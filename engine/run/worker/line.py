@@ -50,17 +50,22 @@ class Inbox:
             return None if self._closed else self._orders.popleft()
 
     def _listen(self) -> None:
-        while (message := self._line.receive()) is not None:
-            if isinstance(message, RunTask):
-                with self._changed:
-                    self._orders.append(message)
-                    self._changed.notify()
-                self._arrived(message)
-            else:
-                self._give_back()
+        try:
+            while (message := self._line.receive()) is not None:
+                if isinstance(message, RunTask):
+                    self._put(message)
+                else:
+                    self._give_back()
+        finally:  # whatever ends this thread: a worker that no longer hears must not wait for ever
+            with self._changed:
+                self._closed = True
+                self._changed.notify()
+
+    def _put(self, order: RunTask) -> None:
         with self._changed:
-            self._closed = True
+            self._orders.append(order)
             self._changed.notify()
+        self._arrived(order)
 
     def _give_back(self) -> None:
         with self._changed:
