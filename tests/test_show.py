@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
         if status == "done":
             ledger.append(Event(Kind.TASK_FINISHED, task=task.id, attempt="a1", status=status))
         write_part(made.path, bare_row(made, task, status, "a1", "cpu"), [], "a1")
-    ledger.append(Event(Kind.INTERRUPTED))
+    ledger.append(Event(Kind.INTERRUPTED, task=second.id, attempt="a1"))
     ledger.close()
     return made
 

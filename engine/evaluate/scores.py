@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -112,7 +113,11 @@ def _noise(settings: EvaluationSettings) -> Tensor:
     chosen = settings.preprocess
     # A job's mean and std speak of three colours: another input gets standardised noise.
     mean, std = (chosen.mean, chosen.std) if settings.shape[0] == 3 else (None, None)
-    return noise_images(settings.noise_count, settings.shape, settings.seed, mean, std)
+    return _kept_noise(settings.noise_count, settings.shape, settings.seed, mean, std)
+
+
+_kept_noise = lru_cache(maxsize=2)(noise_images)
+"""The images of one registry mostly have one size; making them costs as much as a small network's forward pass."""
 
 
 def _cached_logits(file: Path) -> Tensor | None:

@@ -70,7 +70,11 @@ class ModelRow:
     gate_reason: Annotated[str | None, Column("Why the gate failed or could not be checked.")] = None
     read_s: Annotated[float | None, Column("Reading the model and capturing its graph.", "seconds")] = None
     compress_s: Annotated[float | None, Column("Compressing.", "seconds")] = None
-    write_s: Annotated[float | None, Column("Writing and committing the artifact.", "seconds")] = None
+    write_s: Annotated[float | None, Column("Writing the artifact.", "seconds")] = None
+    commit_s: Annotated[
+        float | None,
+        Column("Bringing the artifact to the disk and renaming it, while something else computes.", "seconds"),
+    ] = None
     evaluate_s: Annotated[float | None, Column("Evaluating.", "seconds")] = None
     gb_per_s: Annotated[
         float | None, Column("bytes_before over read_s + compress_s + write_s.", "10⁹ bytes a second")

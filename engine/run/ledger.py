@@ -32,6 +32,7 @@ class Kind(StrEnum):
     TASK_FAILED = "task_failed"
     RUN_FINISHED = "run_finished"
     INTERRUPTED = "interrupted"
+    """Of a task whose attempt was cut short; without a task, of the scheduler."""
     WORKER_DIED = "worker_died"
     ATTEMPT_FAILED = "attempt_failed"
     """A worker's word; what follows from it, another attempt or a failed task, is the scheduler's."""
@@ -180,9 +181,7 @@ def fold_events(events: Iterable[Event]) -> dict[str, TaskState]:
     """Return the state of every task named by ``events``, which are in order of time."""
     states: dict[str, TaskState] = {}
     for event in events:
-        if event.kind is Kind.INTERRUPTED:
-            states.update({task: _interrupted(state) for task, state in states.items() if state.status == "running"})
-        elif event.task and event.kind in _STATUS:
+        if event.task and event.kind in _STATUS:
             states[event.task] = _after(states.get(event.task, TaskState()), event)
     return states
 
@@ -192,6 +191,7 @@ _STATUS = {
     Kind.ATTEMPT_FAILED: "waiting",
     Kind.TASK_FINISHED: "done",
     Kind.TASK_FAILED: "failed",
+    Kind.INTERRUPTED: "interrupted",
 }
 
 
@@ -206,7 +206,3 @@ def _after(state: TaskState, event: Event) -> TaskState:
         since=event.at,
         process=event.process,
     )
-
-
-def _interrupted(state: TaskState) -> TaskState:
-    return TaskState(**{**asdict(state), "status": "interrupted"})

@@ -33,7 +33,7 @@ from .schedule.progress import Progress
 from .schedule.reserve import Promises, available_host_bytes
 from .schedule.slots import make_slots
 from .schedule.tally import Rules, Tally
-from .shards import Shard, array_note
+from .shards import Shard, array_note, models_of
 from .sizes import predicted_device_bytes, predicted_host_bytes
 from .store import FrozenRun, Store, freeze
 
@@ -102,6 +102,9 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     if options.preflight:
         disk_preflight(store, tasks)
     frozen = freeze(loaded, tasks)
+    if options.shard is not None and not models_of(options.shard, frozen.bytes, frozen.bytes):
+        # more shards than models: one that comes late must not begin the next run for nothing
+        return RunSummary(store.root, [], 0)
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     if options.shard is not None:
         joined = joined.part(options.shard)

@@ -46,12 +46,14 @@ def test_the_fold_follows_a_task_through_its_attempts(tmp_path: Path) -> None:
         run,
         Event(Kind.TASK_STARTED, task="a/p", attempt="4"),
         Event(Kind.TASK_FINISHED, task="a/p", attempt="4", status="done"),
-        Event(Kind.INTERRUPTED),
+        Event(Kind.INTERRUPTED),  # that scheduler's word: the task of another's worker goes on
     )
+    assert fold(run)["c/p"].status == "running"
+    _append(run, Event(Kind.INTERRUPTED, task="c/p", attempt="3"))
     states = fold(run)
     assert (states["a/p"].status, states["a/p"].attempts, states["a/p"].error) == ("done", 2, "")
     assert states["c/p"].status == "interrupted"
-    assert len(list(run.ledger.iterdir())) == 2
+    assert len(list(run.ledger.iterdir())) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])

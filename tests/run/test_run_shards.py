@@ -164,3 +164,11 @@ def test_the_command_line_takes_a_shard_and_notes_an_array(bench: Any) -> None:
     wrong = call("--shard", "4/4")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "--shard 4/4 is out of range" in wrong.stderr
+
+
+def test_a_shard_without_a_model_begins_no_run(bench: Any) -> None:
+    plans: list[dict[str, object]] = [{"name": "r4", "method": "rtn", "bits": 4}]
+    job = bench.job([bench.model("only")], plans)
+    summary = run_job(load_job(job, allows=lambda _: True), RunOptions(progress=False, shard=Shard(1, 2)))
+    assert (summary.exit_code, summary.rows) == (0, [])
+    assert [path for path in (bench.store / "runs").iterdir() if not path.name.startswith(".")] == []

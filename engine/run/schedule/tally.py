@@ -128,6 +128,7 @@ class Tally:
             return
         row = bare_row(self.run, item.task, "interrupted", started.attempt, device)
         self._keep(replace(row, finished_at=datetime.now(UTC)))
+        self.record(Event(Kind.INTERRUPTED, task=item.task.id, attempt=started.attempt, device=device))
         self.rows[item.task.id] = row
 
     def _after_failure(self, item: Item, failure: Failure, row: ModelRow) -> None:

@@ -18,6 +18,7 @@ from ..schedule.interrupts import SIGNALS
 from ..shared import SharedModel
 from ..store import RunFolder
 from .attempt import Attempt, Context
+from .caches import let_go
 from .finisher import Finisher
 from .heartbeat import Heartbeat
 from .line import Inbox, Line
@@ -97,7 +98,10 @@ class Worker:
     def _forget(self) -> None:
         self._shared, self._held = None, None
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
+        if torch is None:
+            return
+        let_go()
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def _announce_device(self) -> None:

@@ -18,6 +18,6 @@ def allocator(device: str) -> Callable[[int], memoryview] | None:
 def _pinned(size: int) -> memoryview:
     torch = sys.modules.get("torch")
     if torch is None or size == 0 or not torch.cuda.is_initialized():
-        return memoryview(mmap.mmap(-1, max(size, 1)))[:size]
+        return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
     # the allocator keeps freed blocks, so locking pages is paid once and not for every checkpoint
     return memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
