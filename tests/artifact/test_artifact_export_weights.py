@@ -21,7 +21,7 @@ if importlib.util.find_spec("onnxruntime") is None:
 
 import onnx
 from dfmpc.artifact.exports.graph import OnnxModel
-from dfmpc.artifact.exports.parity import dequantized_weights, element_error
+from dfmpc.artifact.exports.parity import dequantized_weights, element_error, tensor_error
 from dfmpc.artifact.exports.weights import WeightNodes, weight_nodes
 from onnx import TensorProto, helper
 
@@ -123,6 +123,18 @@ def test_codes_take_the_narrowest_type(
         assert one.stored.extra_bytes == one.stored.weights * (width - bits) // 8
     narrow = chains(tmp_path / "a", 21)["conv.weight"].stored
     assert narrow.stored_bits == max(4, width)
+
+
+def test_errors_are_relative() -> None:
+    expected = torch.tensor([0.0, 1.0, -4.0])
+    assert element_error(torch.tensor([0.0, 1.5, -4.0]), expected) == 0.5
+    assert element_error(torch.tensor([1e-30, 1.0, -4.0]), expected) == float("inf")
+    assert element_error(torch.tensor([0.0, float("nan"), -4.0]), expected) == float("inf")
+    assert element_error(expected[:2], expected) == float("inf")
+    assert tensor_error(torch.tensor([0.5, 1.0, -4.0]), expected) == 0.125
+    assert tensor_error(expected, expected) == element_error(expected, expected) == 0
+    assert tensor_error(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert tensor_error(torch.tensor([0.0, 1.0, float("inf")]), expected) == float("inf")
 
 
 def test_ternary_codes_are_packed_from_the_lowest_bits(make: Callable[..., Any], tmp_path: Path) -> None:

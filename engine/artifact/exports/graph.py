@@ -81,11 +81,11 @@ def _skeleton(program: ExportedProgram, quantized: set[str], first_names: Mappin
         )
     assert translated is not None
     _simplify(translated)
+    tensors = translated.model.graph.initializers
+    for name in [name for name in tensors if first_names.get(name, name) in quantized]:
+        del tensors[name]
     proto: onnx.ModelProto = translated.model_proto
     _one_name(proto, first_names)
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in quantized]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
     return proto
 
 

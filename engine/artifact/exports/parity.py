@@ -161,12 +161,16 @@ def _outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def tensor_error(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest expected magnitude; inf where shapes or finiteness differ."""
+    """Return the largest difference over the largest expected magnitude.
+
+    It is inf where shapes differ, where ``found`` is not finite, and where only ``expected`` is 0 throughout.
+    """
     if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
         return float("inf")
-    largest = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
-    scale = float(expected.double().abs().max()) if found.numel() else 1.0
-    return largest / scale if largest else 0.0
+    if torch.equal(found, expected):
+        return 0.0
+    scale = float(expected.double().abs().max())
+    return float((found.double() - expected.double()).abs().max()) / scale if scale else float("inf")
 
 
 def element_error(found: Tensor, expected: Tensor) -> float:
@@ -175,4 +179,4 @@ def element_error(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     difference = (found.double() - expected.double()).abs()
     ratio = torch.where(difference == 0, 0.0, difference / expected.double().abs())
-    return float(ratio.nan_to_num(nan=float("inf")).max()) if ratio.numel() else 0.0
+    return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")).max()) if ratio.numel() else 0.0
