@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .options import AllowCode, AsJson, JobFile, Only, Output, load
+
+
+class Executor(StrEnum):
+    """Who runs the tasks."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def run(
@@ -34,6 +42,12 @@ def run(
         str | None,
         typer.Option(metavar="2h30m|TIME|auto", help="Start nothing that would not end by then; auto: Slurm's limit."),
     ] = None,
+    executor: Annotated[
+        Executor, typer.Option(help="Who runs the tasks: processes of this machine, or a Ray cluster.")
+    ] = Executor.LOCAL,
+    ray_address: Annotated[
+        str, typer.Option(metavar="HOST:PORT|auto", help="The Ray cluster's head; auto: the cluster of this machine.")
+    ] = "auto",
     preflight: Annotated[
         bool, typer.Option("--preflight/--no-preflight", help="Refuse to start where the disk may not hold it all.")
     ] = True,
@@ -62,6 +76,8 @@ def run(
         shard=parse_shard(shard, os.environ) if shard is not None else None,
         grace_s=grace,
         deadline=deadline,
+        executor=executor.value,
+        ray_address=ray_address,
         preflight=preflight,
         metrics=metrics,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,9 @@ from ..report.compact import compact
 from ..report.parts import read_models
 from ..report.rows import ModelRow
 from ..report.tables import counted
+from .cluster.ray import RayDispatcher
+from .cluster.ray_cluster import RayCluster
+from .cluster.ray_connect import connected
 from .filesystem import check_filesystem
 from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
@@ -63,6 +67,9 @@ class RunOptions:
     deadline: str | None = None
     """When the run has to be over: a duration, a time, or auto (the end of the Slurm job)."""
     executor: Literal["local", "ray"] = "local"
+    """Who runs the tasks: processes of this machine, or a Ray cluster."""
+    ray_address: str = "auto"
+    """HOST:PORT of the Ray cluster's head, or auto: the one that this machine is a node of."""
     preflight: bool = True
     """Refuse to start where the artifacts may not fit on the disk."""
     metrics: Path | None = None
@@ -93,8 +100,15 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     written, lacks what a store needs, or has no room. What fails later is in the rows.
     """
     tasks = choose(expand(loaded), options.only)
-    asked = options.devices or loaded.job.resources.devices
-    devices = device_slots(asked)
+    with ExitStack() as stack:
+        ray = stack.enter_context(connected(options.ray_address)) if options.executor == "ray" else None
+        return _run_tasks(loaded, tasks, options, ray)
+
+
+def _run_tasks(loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None) -> RunSummary:
+    resources = loaded.job.resources
+    asked = options.devices or resources.devices
+    devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
     end = parse_deadline(options.deadline, os.environ)
     store = Store(loaded.store)
     store.prepare()
@@ -109,7 +123,7 @@ def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary
     if options.shard is not None:
         joined = joined.part(options.shard)
     with Interrupts() as interrupts:
-        run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s))
+        run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
         stopped = run.carry_out(devices, asked, interrupts)
         summary = run.summary(stopped)
     for text in summary.unmatched:
@@ -129,8 +143,15 @@ class _Run:
     """This command's part of a run, from its open tasks to its summary."""
 
     def __init__(
-        self, loaded: LoadedJob, joined: JoinedRun, frozen: FrozenRun, options: RunOptions, deadline: Deadline
+        self,
+        loaded: LoadedJob,
+        joined: JoinedRun,
+        frozen: FrozenRun,
+        options: RunOptions,
+        deadline: Deadline,
+        ray: RayCluster | None,
     ) -> None:
+        self._ray = ray
         self._joined, self._frozen, self._options, self._deadline = joined, frozen, options, deadline
         self._resources, self._store = loaded.job.resources, joined.run.store
         self._ledger = Ledger(joined.run)
@@ -199,7 +220,7 @@ class _Run:
         self._tally.record(Event(Kind.RUN_STARTED))
         _refuse_large(self._board, self._tally, self._resources.host_memory)
 
-    def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher:
+    def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher | RayDispatcher:
         resources, options = self._resources, self._options
         host_bytes = resources.host_memory or available_host_bytes()
         each = workers_on(devices, asked, resources.workers_per_device, resources.threads)
@@ -215,13 +236,15 @@ class _Run:
             readers=resources.reader_threads,
             read_ahead=(host_bytes or 16 * _GIB) / (2 * each * len(devices)),
         )
-        promises = Promises(host_bytes, devices)
         limits = Limits(resources.task_timeout, resources.stuck_after, options.grace_s)
-        slots = make_slots(devices, each, settings)
 
         def observe(running: int, workers: int) -> None:
             self._metrics.update(self._tally, running, workers)
 
+        if self._ray is not None:
+            settings = replace(settings, device=devices[0])
+            return RayDispatcher(self._ray, self._board, self._tally, self._deadline, limits, settings, observe)
+        promises, slots = Promises(host_bytes, devices), make_slots(devices, each, settings)
         return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits, observe)
 
     def _interrupted_text(self, stopped: str) -> str:

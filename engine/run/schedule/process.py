@@ -125,6 +125,11 @@ def environment_of(settings: WorkerSettings) -> dict[str, str]:
     return environment
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """Return what keeps the libraries of a worker to ``threads`` threads, for one that inherits nothing from here."""
+    return {_SPIN: os.environ.get(_SPIN, "10000"), **dict.fromkeys(_THREADS, str(threads))}
+
+
 def triton_cache() -> str:
     """Return where compiled kernels are kept unless TRITON_CACHE_DIR says so: on a disk of this node, this user's own.
 
