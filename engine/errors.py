@@ -77,6 +77,10 @@ class FactoryError(ModelError):
     """A factory that cannot be imported or called."""
 
 
+class SidecarError(ModelError):
+    """A model of a registry whose sidecar, name or folder cannot be used."""
+
+
 class StorageError(DfmpcError):
     """A write that failed: a full disk, a folder that became read-only."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dfmpc.job.registry import Sidecar
 from dfmpc.job.schema import Job
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "job_file.md"
@@ -25,6 +26,7 @@ def render() -> str:
     root = Job.model_json_schema()
     sections = ["\n".join(_section("Job", root))]
     sections += ["\n".join(_section(name, root["$defs"][name])) for name in _reached(root, root, [])]
+    sections.append("\n".join(_section("Sidecar", Sidecar.model_json_schema())))
     return HEAD + "\n" + "\n\n".join(sections) + "\n"
 
 

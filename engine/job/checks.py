@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import Problem
+from ..errors import Problem, UsageError
 from .document import Document, FieldPath, path_text
 from .fields import Name
 from .methods import BitPlan
+from .registry import registry_models
 from .schema import Evaluate, ModelSpec, Selector
 from .sources import model_sources, selected
 
@@ -83,9 +84,23 @@ class Checks:
                     path: FieldPath = ("models", index, "glob" if spec.glob else "name")
                     self._add(path, f"{name!r}{origin}", _once(first[name]))
                 first.setdefault(name, f"models[{index}]{origin}")
-        return list(first)
+        registries = [(index, spec) for index, spec in self.models if spec.registry is not None]
+        return [*first, *(name for index, spec in registries for name in self._registered(index, spec))]
+
+    def _registered(self, index: int, spec: ModelSpec) -> list[str]:
+        """Return the names in a registry. What is wrong with its models fails those alone, later."""
+        try:
+            names = [model.source.name for model in registry_models(spec, self.folder, None)]
+            expected = "" if names else "a folder tree with a dfmpc.yaml or a .pt2 file in it"
+        except UsageError as error:
+            names, expected = [], str(error)
+        if expected:
+            self._add(("models", index, "registry"), repr(spec.registry), expected)
+        return names
 
     def _named(self, index: int, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+        if spec.registry is not None:
+            return
         field = "glob" if spec.glob is not None else "program"
         sources = model_sources(spec, self.folder, None)
         if not sources:

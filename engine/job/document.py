@@ -66,20 +66,31 @@ def path_text(path: FieldPath) -> str:
     return text.removeprefix(".")
 
 
-def parse(path: Path) -> Document:
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is, in the words of messages."""
+
+    name: str = "job file"
+    fields: str = "version, name, output, models and bit_plans ('dfmpc schema' lists every field)"
+
+
+_JOB_FILE = FileKind()
+
+
+def parse(path: Path, kind: FileKind = _JOB_FILE) -> Document:
     """Read the YAML mapping in ``path``; JobFileError lists everything that keeps it from being one."""
-    text = _text(path)
+    text = _text(path, kind)
     try:
-        return _document(path, _Loader(text))
+        return _document(path, _Loader(text), kind)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise JobFileError(str(path), [_broken(error)]) from error
+        raise JobFileError(str(path), [_broken(error, kind)]) from error
 
 
-def _document(path: Path, loader: _Loader) -> Document:
+def _document(path: Path, loader: _Loader, kind: FileKind) -> Document:
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
-            raise JobFileError(str(path), [_not_a_mapping(root)])
+            raise JobFileError(str(path), [_not_a_mapping(root, kind)])
         lines, problems = _walk(root)
         if problems:
             raise JobFileError(str(path), problems)
@@ -88,41 +99,43 @@ def _document(path: Path, loader: _Loader) -> Document:
         loader.dispose()
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, kind: FileKind) -> str:
     if not path.is_file():
         seen = "a folder" if path.is_dir() else "nothing there"
-        raise JobFileError(str(path), [Problem("(file)", seen, "a YAML job file")])
+        raise JobFileError(str(path), [Problem("(file)", seen, f"a YAML {kind.name}")])
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise JobFileError(str(path), [Problem("(file)", "more than 1 MiB", "a job file of at most 1 MiB")])
+            raise JobFileError(str(path), [Problem("(file)", "more than 1 MiB", f"a {kind.name} of at most 1 MiB")])
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise JobFileError(str(path), [Problem("(file)", "bytes that are not UTF-8", "UTF-8 text", line)]) from error
     except OSError as error:
-        raise JobFileError(str(path), [Problem("(file)", str(error.strerror), "a readable YAML job file")]) from error
+        raise JobFileError(
+            str(path), [Problem("(file)", str(error.strerror), f"a readable YAML {kind.name}")]
+        ) from error
 
 
-def _not_a_mapping(root: yaml.Node | None) -> Problem:
-    expected = "a mapping with version, name, output, models and bit_plans ('dfmpc schema' lists every field)"
+def _not_a_mapping(root: yaml.Node | None, kind: FileKind) -> Problem:
+    expected = f"a mapping with {kind.fields}"
     if root is None:
         return Problem("(file)", "an empty file", expected)
     seen = "a list" if isinstance(root, yaml.SequenceNode) else f"the text {root.value[:60]!r}"
     return Problem("(file)", seen, expected, root.start_mark.line + 1)
 
 
-def _broken(error: Exception) -> Problem:
+def _broken(error: Exception, kind: FileKind) -> Problem:
     mark = getattr(error, "problem_mark", None)
     seen = getattr(error, "problem", None) or " ".join(str(error).split())
     at = f" at column {mark.column + 1}" if mark else ""
-    return Problem("(file)", f"{seen}{at}", _wanted(error, seen), mark.line + 1 if mark else None)
+    return Problem("(file)", f"{seen}{at}", _wanted(error, seen, kind), mark.line + 1 if mark else None)
 
 
-def _wanted(error: Exception, seen: str) -> str:
+def _wanted(error: Exception, seen: str, kind: FileKind) -> str:
     if isinstance(error, _TooLargeError):
-        return "a job file within these bounds"
+        return f"a {kind.name} within these bounds"
     if isinstance(error, yaml.constructor.ConstructorError) and "tag" in seen:
         return "YAML without tags"
     return "valid YAML: check brackets, quotes, indentation and values there"

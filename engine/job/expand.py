@@ -9,10 +9,12 @@ from pydantic import Field
 
 from ..errors import JobFileError, Problem, UsageError
 from .fields import Strict
+from .gates import Gates, effective_gates
 from .loader import LoadedJob
 from .methods import BitPlan
+from .registry import registry_models
 from .schema import LayerRule
-from .sources import ModelSource, model_sources, selected
+from .sources import JobModel, ModelSource, model_sources, selected
 
 __all__ = ["ModelSource", "Task", "choose", "expand"]
 
@@ -23,30 +25,64 @@ class Task(Strict):
     id: str = Field(description="MODEL/PLAN.")
     model: ModelSource = Field(description="Where the network comes from.")
     plan: BitPlan = Field(description="The bit-plan with its defaults filled in.")
-    layers: list[LayerRule] = Field(default=[], description="The job's overrides by layer name.")
+    layers: list[LayerRule] = Field(default=[], description="Overrides by layer name: the model's own, the job's.")
+    gates: Gates | None = Field(None, description="Bounds of this model's tasks where it has its own; null: the job's.")
 
 
 def expand(loaded: LoadedJob) -> list[Task]:
-    """Return the tasks, models in the order of the file (a glob's by path), then plans in the order of the file.
+    """Return the tasks, models in the order of the file (a glob's by path, registries last), then plans in the order.
 
     Raises JobFileError where two models have one name or nothing is left to do; ``load_job`` has checked both, so
     this happens only when files of a glob changed meanwhile.
     """
     job = loaded.job
-    sources = [source for spec in job.models for source in model_sources(spec, loaded.folder, job.evaluate)]
-    names = [source.name for source in sources]
+    models = _named_models(loaded)
+    names = [model.source.name for model in models]
     clashes = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if clashes:
         raise JobFileError(str(loaded.path), [Problem("models", name, "each model name once") for name in clashes])
-    tasks = [
-        Task(id=f"{source.name}/{plan.name}", model=source, plan=plan, layers=job.layers)
-        for source in sources
-        for plan in job.bit_plans
-        if selected(job.include, job.exclude, source.name, plan.name)
-    ]
+    models += _registered_models(loaded, names)
+    tasks = [_task(loaded, model, plan) for model in models for plan in job.bit_plans if _wanted(loaded, model, plan)]
     if not tasks:
         raise JobFileError(str(loaded.path), [Problem("models", "no task at all", "a model and a bit-plan to run")])
     return tasks
+
+
+def _named_models(loaded: LoadedJob) -> list[JobModel]:
+    """Return the models that the job file names, itself or by a glob."""
+    return [
+        JobModel(source, (spec.gates,) if spec.gates is not None else ())
+        for spec in loaded.job.models
+        for source in model_sources(spec, loaded.folder, loaded.job.evaluate)
+    ]
+
+
+def _registered_models(loaded: LoadedJob, taken: Sequence[str]) -> list[JobModel]:
+    """Return the models of the registries; one whose name is taken says so instead of stopping the job."""
+    found: dict[str, JobModel] = {name: JobModel(ModelSource(name=name)) for name in taken}
+    plans = [plan.name for plan in loaded.job.bit_plans]
+    for spec in loaded.job.models:
+        for model in registry_models(spec, loaded.folder, loaded.job.evaluate, plans, found) if spec.registry else ():
+            found[model.source.name] = model
+    return list(found.values())[len(taken) :]
+
+
+def _wanted(loaded: LoadedJob, model: JobModel, plan: BitPlan) -> bool:
+    own = model.plans is None or any(fnmatchcase(plan.name, pattern) for pattern in model.plans)
+    return own and selected(loaded.job.include, loaded.job.exclude, model.source.name, plan.name)
+
+
+def _task(loaded: LoadedJob, model: JobModel, plan: BitPlan) -> Task:
+    gates = loaded.job.gates
+    for own in model.gates:
+        gates = effective_gates(gates, own)
+    return Task(
+        id=f"{model.source.name}/{plan.name}",
+        model=model.source,
+        plan=plan,
+        layers=[*model.layers, *loaded.job.layers],
+        gates=gates if model.gates else None,
+    )
 
 
 def choose(tasks: Sequence[Task], only: str | None) -> list[Task]:

@@ -7,18 +7,21 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import Problem
 from .document import Document, FieldPath, path_text
 from .schema import Job
 
+_Schema = Mapping[str, Any]
 
-def schema_problems(error: ValidationError, document: Document) -> list[Problem]:
-    """Return what pydantic found, one problem a field; branches of a union that disagree are joined by 'or'."""
+
+def schema_problems(error: ValidationError, document: Document, model: type[BaseModel] = Job) -> list[Problem]:
+    """Return what pydantic found against ``model``, one problem a field; branches of a union are joined by 'or'."""
+    schema = _schema_of(model)
     found: dict[FieldPath, tuple[str, list[str]]] = {}
     for detail in error.errors(include_url=False):
-        path, value, expected = _finding(dict(detail), document)
+        path, value, expected = _finding(dict(detail), document, schema)
         found.setdefault(path, (value, []))[1].append(expected)
     # Where a mapping fits no text but one of its own fields is wrong, the field is what the user wants to hear of.
     inner = [
@@ -38,22 +41,26 @@ def seen(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _finding(detail: dict[str, Any], document: Document) -> tuple[FieldPath, str, str]:
+def _finding(detail: dict[str, Any], document: Document, schema: _Schema) -> tuple[FieldPath, str, str]:
     kind, location, context = detail["type"], detail["loc"], detail.get("ctx", {})
     path = _written_path(document.data, location, keep_last=kind in ("missing", "extra_forbidden"))
     if kind == "missing":
-        return path, "nothing", f"{_description(location)} (the field is required)"
+        return path, "nothing", f"{_description(schema, location)} (the field is required)"
     if kind == "extra_forbidden":
-        return path, "an unknown field", _nearest(str(path[-1]), _fields_at(location[:-1]))
+        return path, "an unknown field", _nearest(str(path[-1]), _fields_at(schema, location[:-1]))
     if kind == "union_tag_not_found":
         field = context["discriminator"].strip("'")
-        return (*path, field), "nothing", f"one of {', '.join(_tags_at(location))} (the field is required)"
+        return (*path, field), "nothing", f"one of {', '.join(_tags_at(schema, location))} (the field is required)"
     if kind == "union_tag_invalid":
         field = context["discriminator"].strip("'")
         inside = isinstance(_value_at(document.data, path), dict)
         return (*path, field) if inside else path, repr(context["tag"]), f"one of {context['expected_tags']}"
     if kind in ("model_type", "dict_type"):
-        return path, seen(detail["input"]), f"a mapping with {', '.join(_fields_at(location)) or 'names and values'}"
+        return (
+            path,
+            seen(detail["input"]),
+            f"a mapping with {', '.join(_fields_at(schema, location)) or 'names and values'}",
+        )
     return path, _given(detail["input"], path), _expected(detail["msg"])
 
 
@@ -94,29 +101,28 @@ def _nearest(field: str, known: list[str]) -> str:
     return f"{close[0]!r} (did you mean that?)" if close else f"one of {', '.join(known)}"
 
 
-def _fields_at(location: FieldPath) -> list[str]:
-    return list(_schema_at(location).get("properties", {}))
+def _fields_at(schema: _Schema, location: FieldPath) -> list[str]:
+    return list(_schema_at(schema, location).get("properties", {}))
 
 
-def _tags_at(location: FieldPath) -> list[str]:
-    return [repr(tag) for tag in _tags(_schema_at(location))]
+def _tags_at(schema: _Schema, location: FieldPath) -> list[str]:
+    return [repr(tag) for tag in _tags(_schema_at(schema, location))]
 
 
-def _description(location: FieldPath) -> str:
-    fields = _schema_at(location[:-1]).get("properties", {})
+def _description(schema: _Schema, location: FieldPath) -> str:
+    fields = _schema_at(schema, location[:-1]).get("properties", {})
     text = str(fields.get(location[-1], {}).get("description", "a value")).rstrip(".")
     return text[:1].lower() + text[1:]
 
 
 @cache
-def _job_schema() -> Mapping[str, Any]:
-    return Job.model_json_schema()
+def _schema_of(model: type[BaseModel]) -> _Schema:
+    return model.model_json_schema()
 
 
-def _schema_at(location: FieldPath) -> Mapping[str, Any]:
+def _schema_at(root: _Schema, location: FieldPath) -> Mapping[str, Any]:
     """Return the JSON Schema that holds at one of pydantic's locations (union branches included)."""
-    root = _job_schema()
-    node: Mapping[str, Any] = root
+    node = root
     for part in location:
         node = _step(root, _resolved(root, node), part)
     return _resolved(root, node)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .fields import Bits, Granularity, Name, Strict
+from .gates import Gates
 from .methods import BitPlan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|B)")
@@ -72,13 +73,6 @@ class Evaluate(Preprocess):
     )
 
 
-class Gates(Strict):
-    """Bounds that a finished task must keep; a closed gate ends the run with exit code 3."""
-
-    max_top1_drop: float | None = Field(None, ge=0, description="Points of top-1 that may be lost.")
-    min_agreement: float | None = Field(None, ge=0, le=1, description="Least top-1 agreement with the original.")
-
-
 class Resources(Strict):
     """What the run may use."""
 
@@ -121,8 +115,8 @@ class LayerRule(Strict):
         return self
 
 
-class ModelSpec(Strict):
-    """A model: a factory with a checkpoint, a .pt2 program, or a glob of .pt2 programs."""
+class ModelFields(Strict):
+    """What a job file and a registry's sidecar say of a model."""
 
     name: Name | None = Field(None, description="Name of the model; default: the file's name without its suffix.")
     factory: Factory | None = Field(None, description="module:callable that builds the network (allow-list).")
@@ -132,28 +126,47 @@ class ModelSpec(Strict):
         None, description="File with the weights (.safetensors, its index.json, .pt, .pth, .th) or package://NAME/PATH."
     )
     program: Text | None = Field(None, description="A torch.export program (.pt2).")
-    glob: Text | None = Field(
-        None,
-        description="Pattern of .pt2 programs, relative to the job file; ** allowed. Names are paths with '__'.",
-    )
     input: list[Annotated[int, Field(gt=0)]] | None = Field(
         None, min_length=2, description="Shape of one example input, batch first."
     )
     preprocess: Preprocess | None = Field(None, description="Overrides evaluate's preprocessing for this model.")
+    gates: Gates | None = Field(
+        None, description="Bounds of this model in the place of the job's, one by one; null switches one off."
+    )
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        sources = [field for field in ("factory", "program", "glob") if getattr(self, field) is not None]
-        if len(sources) != 1:
-            raise ValueError(f"expected exactly one of factory, program, glob; got {', '.join(sources) or 'none'}")
-        missing = [field for field in ("name", "checkpoint", "input") if getattr(self, field) is None]
+    def check_factory(self, *needed: str) -> None:
+        """Raise ValueError where ``needed`` fields are missing beside a factory, or a factory's are there without."""
+        missing = [field for field in needed if getattr(self, field) is None]
         if self.factory and missing:
             raise ValueError(f"expected {', '.join(missing)} beside factory")
         extra = [field for field in ("checkpoint", "args", "kwargs", "input") if getattr(self, field)]
         if not self.factory and extra:
             raise ValueError(f"expected no {', '.join(extra)} without a factory")
-        if self.glob and self.name:
-            raise ValueError("expected no name beside glob: such models are named by their paths")
+
+
+class ModelSpec(ModelFields):
+    """A model: a factory with a checkpoint, or a .pt2 program; or many: a glob of programs, or a registry."""
+
+    glob: Text | None = Field(
+        None,
+        description="Pattern of .pt2 programs, relative to the job file; ** allowed. Names are paths with '__'.",
+    )
+    registry: Text | None = Field(
+        None,
+        description="Folder tree of models with sidecars (dfmpc.yaml) or .pt2 programs, docs/nightly.md; one that "
+        "cannot be used fails alone. Names are paths below it with '__'.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = [field for field in ("factory", "program", "glob", "registry") if getattr(self, field) is not None]
+        if len(sources) != 1:
+            raise ValueError(
+                f"expected exactly one of factory, program, glob, registry; got {', '.join(sources) or 'none'}"
+            )
+        self.check_factory("name", "checkpoint", "input")
+        if self.name and (self.glob or self.registry):
+            raise ValueError(f"expected no name beside {sources[0]}: such models are named by their paths")
         return self
 
 

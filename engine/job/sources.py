@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import Field
 
 from .fields import Strict
-from .schema import Evaluate, ModelSpec, Preprocess, Selector
+from .gates import Gates
+from .schema import Evaluate, LayerRule, ModelSpec, Preprocess, Selector
 
 
 class ModelSource(Strict):
@@ -27,14 +29,33 @@ class ModelSource(Strict):
     preprocess: Preprocess | None = Field(
         None, description="Effective preprocessing: evaluate's with the model's on top."
     )
+    problem: str | None = Field(
+        None, description="Why the model cannot be used, where its registry's entry is at fault: its tasks fail by it."
+    )
+
+
+@dataclass(frozen=True)
+class JobModel:
+    """A source, and what holds for this model alone."""
+
+    source: ModelSource
+    gates: tuple[Gates, ...] = ()
+    """Bounds in the place of the job's; the last that names one counts."""
+    layers: tuple[LayerRule, ...] = ()
+    """Rules before the job's."""
+    plans: tuple[str, ...] | None = None
+    """Patterns of the bit-plans that it gets; None: all."""
 
 
 def model_sources(spec: ModelSpec, folder: Path, evaluate: Evaluate | None) -> list[ModelSource]:
     """Return the models of one entry: one, or for a glob one a matching .pt2 file, sorted by path (maybe none).
 
+    A registry's are ``registry_models``' business.
     Relative paths count from ``folder``. A model of a glob is named by its path relative to ``folder`` (leading ``..``
     dropped; for an absolute pattern relative to its part without wildcards), separators replaced by ``__``.
     """
+    if spec.registry is not None:
+        return []
     preprocess = effective_preprocess(spec.preprocess, evaluate)
     if spec.glob is not None:
         return [
@@ -55,12 +76,12 @@ def model_sources(spec: ModelSpec, folder: Path, evaluate: Evaluate | None) -> l
     ]
 
 
-def effective_preprocess(own: Preprocess | None, evaluate: Evaluate | None) -> Preprocess | None:
-    """Return evaluate's preprocessing with the fields that the model itself sets on top."""
-    if own is None and evaluate is None:
+def effective_preprocess(own: Preprocess | None, below: Preprocess | None) -> Preprocess | None:
+    """Return the preprocessing ``below`` (evaluate's) with the fields that the model itself sets on top."""
+    if own is None and below is None:
         return None
     fields: dict[str, object] = {}
-    for block in (evaluate, own):
+    for block in (below, own):
         if block is not None:
             fields |= {name: getattr(block, name) for name in Preprocess.model_fields if name in block.model_fields_set}
     return Preprocess.model_validate(fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SidecarError
 from ..job.expand import ModelSource
 from .shards import index_shards
 
@@ -13,7 +13,12 @@ PACKAGE = "package://"
 
 
 def input_files(source: ModelSource) -> list[Path]:
-    """Return the files that ``source`` is read from. Raises CheckpointError where one is missing."""
+    """Return the files that ``source`` is read from.
+
+    Raises CheckpointError where one is missing, SidecarError where the model's entry in its registry is at fault.
+    """
+    if source.problem is not None:
+        raise SidecarError(source.problem)
     if source.program is not None:
         return [program_file(source.program)]
     return checkpoint_files(source.checkpoint or "")

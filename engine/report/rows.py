@@ -66,8 +66,8 @@ class ModelRow:
     ] = None
     measured_on: Annotated[str | None, Column("images (of the job's data set) or noise (seeded 1/f images).")] = None
     images: Annotated[int | None, Column("Images that were evaluated.", "count")] = None
-    gate: Annotated[str | None, Column("pass, fail or none (no gate, or none that could be checked).")] = None
-    gate_reason: Annotated[str | None, Column("Why the gate failed or could not be checked.")] = None
+    gate: Annotated[str | None, Column("pass, warn, fail or none (no gate, or none that could be checked).")] = None
+    gate_reason: Annotated[str | None, Column("Why the gate failed, warned or could not be checked.")] = None
     read_s: Annotated[float | None, Column("Reading the model and capturing its graph.", "seconds")] = None
     compress_s: Annotated[float | None, Column("Compressing.", "seconds")] = None
     write_s: Annotated[float | None, Column("Writing the artifact.", "seconds")] = None

@@ -106,7 +106,7 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[ModelRow]) -> str:
-    """Return counts by status and sizes in all, a line each."""
+    """Return counts by status, sizes in all and counts by gate, a line each."""
     counts = Counter(row.status for row in rows)
     lines = [
         f"{counted(len(rows), 'task')}: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "none")
@@ -115,6 +115,9 @@ def summary(rows: Sequence[ModelRow]) -> str:
     if sized:
         before, after = (sum(sizes) / _MIB for sizes in zip(*sized, strict=True))
         lines.append(f"{before:.2f} MiB before, {after:.2f} MiB after ({before / after:.2f} times smaller)")
+    gates = Counter(row.gate for row in rows if row.gate in ("pass", "warn", "fail"))
+    if gates:
+        lines.append("gates: " + ", ".join(f"{gates[name]} {name}" for name in ("pass", "warn", "fail") if gates[name]))
     return "\n".join(lines)
 
 
@@ -139,6 +142,8 @@ def _notes(row: ModelRow) -> list[str]:
         notes.append(f"{row.task} {row.status}: {row.error_class}: {first}")
     if row.gate == "fail":
         notes.append(f"{row.task} gate closed: {row.gate_reason or 'no reason given'}")
+    if row.gate == "warn":
+        notes.append(f"{row.task} gate warns: {row.gate_reason or 'no reason given'}")
     return notes
 
 

@@ -13,8 +13,9 @@ from .. import __version__
 from ..artifact.key import torch_version
 from ..artifact.manifest import LayerEntry, Manifest
 from ..evaluate.cache import Scores
-from ..evaluate.gates import GateResult
+from ..evaluate.gates import Figures, check_gates
 from ..job.expand import Task
+from ..job.gates import Gates
 from ..report.rows import LayerRow, ModelRow
 from .store import RunFolder
 
@@ -76,8 +77,8 @@ def _numerics(manifest: Manifest) -> str:
     return str(found["device"]) if isinstance(found, dict) else "any"
 
 
-def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:
-    """Add the evaluation's figures and what the gates said."""
+def with_scores(row: ModelRow, scores: Scores) -> ModelRow:
+    """Add the evaluation's figures."""
     return replace(
         row,
         top1_before=scores.top1_before,
@@ -88,9 +89,24 @@ def with_scores(row: ModelRow, scores: Scores, gate: GateResult) -> ModelRow:
         logit_sqnr_db=scores.logit_sqnr_db,
         measured_on=scores.measured_on,
         images=scores.images,
-        gate=gate.status,
-        gate_reason="; ".join(gate.reasons) or None,
     )
+
+
+def judged(row: ModelRow, gates: Gates) -> ModelRow:
+    """Return ``row`` with what the gates say to it; one without a result stays as it is."""
+    if row.status not in ("done", "reused"):
+        return row
+    spent = [value for value in (row.read_s, row.compress_s, row.write_s) if value is not None]
+    figures = Figures(
+        top1_before=row.top1_before,
+        top1_after=row.top1_after,
+        agreement=row.agreement,
+        logit_sqnr_db=row.logit_sqnr_db,
+        bits_per_weight=row.bits_per_weight,
+        seconds=sum(spent) if spent else None,
+    )
+    found = check_gates(gates, figures)
+    return replace(row, gate=found.status, gate_reason="; ".join(found.reasons) or None)
 
 
 def layer_rows(row: ModelRow, manifest: Manifest, seconds: Mapping[str, float]) -> list[LayerRow]:

@@ -62,9 +62,11 @@ def test_the_widest_models_fit_120_columns():
     assert any(line.startswith("aaaa") and "…  bbbb" in line and "100.00" in line for line in lines)
 
 
-def test_a_closed_gate_is_explained():
+def test_a_closed_gate_and_a_warning_are_explained():
     row = dataclasses.replace(FULL, gate="fail", gate_reason="agreement is 0.6789, min_agreement is 0.9")
     assert models_table([row]).notes == ("net/mp2-6 gate closed: agreement is 0.6789, min_agreement is 0.9",)
+    row = dataclasses.replace(row, gate="warn")
+    assert models_table([row]).notes == ("net/mp2-6 gate warns: agreement is 0.6789, min_agreement is 0.9",)
 
 
 def test_a_gate_that_could_not_be_checked_is_said_once():
@@ -138,7 +140,7 @@ def test_json_values():
     assert json.loads(to_json([])) == []
 
 
-def test_summary_counts_tasks_and_sizes():
+def test_summary_counts_tasks_sizes_and_gates():
     rows = [
         FULL,
         dataclasses.replace(FULL, status="reused", task="net/a", gate="fail"),
@@ -148,6 +150,7 @@ def test_summary_counts_tasks_and_sizes():
     assert summary(rows).split("\n") == [
         "4 tasks: 1 done, 2 failed, 1 reused",
         "6.00 MiB before, 1.00 MiB after (6.00 times smaller)",
+        "gates: 1 pass, 1 fail",
     ]
     assert summary(rows[2:3]) == "1 task: 1 failed"
     assert summary([]) == "0 tasks: none"

@@ -23,12 +23,11 @@ from dfmpc.artifact import commit
 from dfmpc.artifact.key import task_key
 from dfmpc.artifact.manifest import damage, inspect
 from dfmpc.evaluate.cache import cached_scores
-from dfmpc.evaluate.gates import check_gates
 from dfmpc.evaluate.settings import settings_for
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.models.digest import tree_digest
-from dfmpc.run.outcome import bare_row, layer_rows, with_scores
+from dfmpc.run.outcome import bare_row, judged, layer_rows, with_scores
 from dfmpc.run.store import RunFolder
 
 job, run, folder = map(Path, sys.argv[1:])
@@ -40,9 +39,8 @@ assert manifest is not None
 key = task_key(task, [tree_digest(Path(task.model.checkpoint))], distribution=manifest.source.distribution)
 settings = settings_for(loaded.job.evaluate, task.model, manifest.input_shape, loaded.job.seed)
 scores = cached_scores(settings, store=loaded.store, artifact_key=key.key)
-gate = scores and check_gates(loaded.job.gates, scores)
 row = bare_row(RunFolder(run), task, "reused", "attempt", "cpu")
-row = with_scores(row, scores, gate) if scores else row
+row = judged(with_scores(row, scores), loaded.job.gates) if scores else row
 print(json.dumps({{
     "heavy": sorted({set(HEAVY)!r} & set(sys.modules)),
     "key": key.key,

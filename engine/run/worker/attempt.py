@@ -17,14 +17,13 @@ from ...artifact.key import TaskKey
 from ...artifact.manifest import Manifest, inspect
 from ...errors import DeviceError, DfmpcError, StorageError
 from ...evaluate.cache import cached_scores
-from ...evaluate.gates import check_gates
 from ...evaluate.settings import settings_for
 from ...job.expand import Task
 from ...report.rows import LayerRow, ModelRow
 from ..failures import Failure, Mode, classify
 from ..ledger import Event, Kind, Ledger
 from ..messages import Message, Started, TaskOutcome, WorkerSettings
-from ..outcome import bare_row, failed, layer_rows, with_manifest, with_scores
+from ..outcome import bare_row, failed, judged, layer_rows, with_manifest, with_scores
 from ..shared import SharedModel
 from ..store import RunFolder, Store
 from .attempt_log import append_traceback, attempt_log, log_traceback
@@ -221,7 +220,7 @@ class Attempt:
                 loaded=loaded,
             )
         self.made.evaluate_s = time.perf_counter() - started
-        self.made.row = with_scores(self.made.row, scores, check_gates(settings.gates, scores))
+        self.made.row = with_scores(self.made.row, scores)
 
     def _commit(self, attempt: Path, target: Path) -> None:
         started = time.perf_counter()
@@ -255,6 +254,8 @@ class Attempt:
             evaluate_s=made.evaluate_s,
             gb_per_s=_rate(made),
         )
+        own = self.task.gates
+        row = judged(row, self.context.settings.gates if own is None else own)
         self.context.finisher.report(TaskOutcome(row, made.failure, made.explanation, made.problem), made.layers)
 
     def _recorded(self, event: Event) -> bool:
