@@ -56,7 +56,9 @@ def _rename(source: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno in _TAKEN:
             return False
-        raise
+        # NFS may rename, lose the answer, ask again and be told that there is nothing to rename
+        if not (error.errno == errno.ENOENT and target.exists() and not source.exists()):
+            raise
     return True
 
 

@@ -278,6 +278,21 @@ def test_simulated_errors_of_the_system_are_named(
     assert not target_in(store).exists()
 
 
+def test_a_rename_whose_answer_was_lost_counts(
+    store: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, rename = filled(store, make), os.rename
+
+    def lose_the_answer(source: Path, target: Path) -> None:
+        rename(source, target)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr("dfmpc.artifact.commit.os.rename", lose_the_answer)
+    assert commit(attempt, target_in(store)) is True
+    assert (target_in(store) / MANIFEST).is_file()
+    assert leftovers(store) == []
+
+
 def test_an_artifact_repaired_meanwhile_is_put_back(
     store: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
