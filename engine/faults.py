@@ -1,7 +1,8 @@
 """Named points at which a test makes this process fail, so that what a crash leaves can be tried and not only argued.
 
 ``DFMPC_FAULT`` holds ``POINT=KIND``, several separated by ``;``. ``POINT=KIND@FILE`` happens once: whoever creates FILE
-has it. ``worker/POINT=KIND`` happens in workers only. Nothing happens where the variable is not set.
+has it. ``worker/POINT=KIND`` happens in workers only, ``scheduler/POINT=KIND`` everywhere else. Nothing happens where
+the variable is not set.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 
 from ...errors import UsageError
 
-_PARTS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_PARTS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+_BARE_SECONDS = re.compile(r"\d+(?:\.\d+)?")
+"""By itself only: who writes 2h30 means minutes."""
 _MARGIN = 1.5
 """How much slower than the slowest of its kind so far a task may be."""
 
@@ -51,7 +53,9 @@ def parse_deadline(text: str | None, environment: Mapping[str, str]) -> float | 
     if text == "auto":
         end = environment.get("SLURM_JOB_END_TIME", "")
         return float(end) if end.isdigit() else None
-    match = _PARTS.fullmatch(text.strip()) if text.strip() else None
+    if _BARE_SECONDS.fullmatch(text.strip()):
+        return time.time() + float(text)
+    match = _PARTS.fullmatch(text.strip())
     if match and any(match.groups()):
         days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
         return time.time() + 86400 * days + 3600 * hours + 60 * minutes + seconds

@@ -89,8 +89,8 @@ def _needs(slot: Slot, item: Item) -> tuple[float, float]:
     """Return bytes of host and device: the larger of those at hand, and the input that is read ahead."""
     held = [*slot.given, item]
     ahead = item.bytes if slot.given and slot.given[-1].model != item.model else 0
-    device = 0.0 if item.history.mode.on_cpu else max(each.device_bytes for each in held)
-    return max(each.host_bytes for each in held) + ahead, device
+    on_device = (0.0 if each.history.mode.on_cpu else each.device_bytes for each in held)
+    return max(each.host_bytes for each in held) + ahead, max(on_device)
 
 
 def available_host_bytes() -> float | None:

@@ -54,15 +54,18 @@ class Tally:
         self.full: str = ""
         """What the disk said when it would take no more; empty while it does."""
         self.cordoned: set[str] = set()
+        self._lost_events = False
         self._poisoned: dict[str, set[str]] = {}
         self._seconds: dict[str, list[float]] = {}
 
     def record(self, event: Event) -> None:
-        """Append to the ledger; a full disk is said on stderr, and the run goes on."""
+        """Append to the ledger; that it could not is said once on stderr, and the run goes on."""
         try:
             self._ledger.append(event)
         except StorageError as error:
-            self.progress.note(f"warning: {error}")
+            if not self._lost_events:
+                self.progress.note(f"warning: {error}")
+            self._lost_events = True
 
     def seconds_of(self, model: str) -> float | None:
         """Return the mean seconds of the tasks of ``model`` that have ended; None where none has."""
