@@ -16,14 +16,32 @@ def report(
     run: RunPath,
     layers: Annotated[bool, typer.Option("--layers", help="Also a row a layer.")] = False,
     only: Only = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one self-contained page instead (dfmpc[html]).")
+    ] = None,
+    histograms: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="On the page, weights of each model's N worst layers."),
+    ] = 6,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write Markdown instead, worst first; - prints it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the report of RUN from its Parquet files."""
+    """Show the report of RUN from its Parquet files, or write it as a page."""
     from ..run.store import find_run  # noqa: PLC0415
     from ..show import read_report, report_json, report_text  # noqa: PLC0415
 
-    found = read_report(find_run(run), only=only, layers=layers)
-    print(report_json(found) if as_json else report_text(found))
+    place = find_run(run)
+    if html is None and markdown is None:
+        found = read_report(place, only=only, layers=layers)
+        print(report_json(found) if as_json else report_text(found))
+        return
+    from .pages import write_pages  # noqa: PLC0415
+
+    found = read_report(place, only=only, layers=html is not None)
+    lines = write_pages(place, found, only=only, html=html, markdown=markdown, histograms=histograms)
+    print(json.dumps({"files": lines}, indent=1) if as_json else "\n".join(lines), end="\n" if lines else "")
 
 
 def inspect(
