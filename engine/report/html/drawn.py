@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..rows import LayerRow, ModelRow
@@ -61,7 +61,7 @@ def _points(rows: Sequence[ModelRow]) -> Json:
         for number, (row, mib, value) in enumerate(measured)
     ]
     before = next((row.top1_before for row in rows if row.top1_before is not None), None) if labelled else 1.0
-    title = "top-1, %" if labelled else "agreement"
+    title = "top-1 %" if labelled else "agreement"
     return {"title": title, "values": values, "before": _figure(before)}
 
 
@@ -76,11 +76,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
     return front
 
 
-def _with_room(points: Sequence[tuple[float, float]], front: Iterable[int]) -> set[int]:
-    """Return which points of the front have room for a name beside those named before them."""
+def _with_room(points: Sequence[tuple[float, float]], front: Collection[int]) -> set[int]:
+    """Return which points have room for a name beside those named before them; the front's come first."""
     spans = [max(axis) - min(axis) or 1.0 for axis in zip(*points, strict=True)]
     named: list[int] = []
-    for number in sorted(front):
+    for number in sorted(range(len(points)), key=lambda number: (number not in front, number)):
         gaps = [
             [abs(a - b) / span for a, b, span in zip(points[number], points[other], spans, strict=True)]
             for other in named

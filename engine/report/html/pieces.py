@@ -6,6 +6,7 @@ Every text from a job, a model or an error goes through ``text``; nothing else p
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from ..tables import counted
 from ..verdict import RunFacts, Totals, duration, headline, size, task_seconds, top1_drop, worst_first
 
 _MIB = 2**20
+_LISTED = 8
+"""Failures and gates that are shown without a click."""
 
 
 def text(value: object) -> str:
@@ -157,20 +160,41 @@ def filters(rows: Sequence[ModelRow]) -> str:
 def attention(rows: Sequence[ModelRow], facts: RunFacts) -> str:
     """Return failed tasks with the ends of their logs, closed and warned gates, and what has no result."""
     ordered = worst_first(rows)
-    parts = [_failure(row, facts.log_tails.get(row.task, ())) for row in ordered if row.error_class]
-    gates = [
-        f"<li>{_badge(_gate(row), '')} <b>{text(row.task)}</b> {text(row.gate_reason or 'no reason given')}</li>"
-        for row in ordered
-        if row.gate in ("fail", "warn")
-    ]
-    unchecked = sorted({row.gate_reason for row in rows if row.gate in ("none", "pass") and row.gate_reason})
-    gates += [f'<li class="quiet">{text(reason)}</li>' for reason in unchecked]
-    if gates:
-        parts.append(f'<div class="card"><h3>Gates</h3><ul class="plain">{"".join(gates)}</ul></div>')
+    failures = [_failure(row, facts.log_tails.get(row.task, ())) for row in ordered if row.error_class]
+    parts = [*failures[:_LISTED], _others(failures, "failures", "{}")]
+    parts.append(_list("Gates", [*map(_gate_line, _broken(ordered)), *_unchecked(rows)]))
     for status, tasks in facts.rest.items():
-        names = "".join(f"<li>{text(task)}</li>" for task in tasks)
-        parts.append(f'<div class="card"><h3>{len(tasks)} {text(status)}</h3><ul class="plain">{names}</ul></div>')
-    return f'<section id="attention"><h2>Needs attention</h2>{"".join(parts)}</section>' if parts else ""
+        parts.append(_list(f"{len(tasks)} {status}", [f"<li>{text(task)}</li>" for task in tasks]))
+    found = "".join(parts)
+    return f'<section id="attention"><h2>Needs attention</h2>{found}</section>' if found else ""
+
+
+def _broken(rows: Sequence[ModelRow]) -> list[ModelRow]:
+    return [row for row in rows if row.gate in ("fail", "warn")]
+
+
+def _gate_line(row: ModelRow) -> str:
+    reason = text(row.gate_reason or "no reason given")
+    return f"<li>{_badge(_gate(row), '')} <b>{text(row.task)}</b> {reason}</li>"
+
+
+def _unchecked(rows: Sequence[ModelRow]) -> list[str]:
+    reasons = Counter(row.gate_reason for row in rows if row.gate in ("none", "pass") and row.gate_reason)
+    return [f'<li class="quiet">{counted(many, "task")}: {text(reason)}</li>' for reason, many in reasons.items()]
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    """Return a card with the first lines, the others behind a click."""
+    if not lines:
+        return ""
+    first = f'<ul class="plain">{"".join(lines[:_LISTED])}</ul>'
+    return f'<div class="card"><h3>{text(title)}</h3>{first}{_others(lines, "lines", "<ul class=plain>{}</ul>")}</div>'
+
+
+def _others(items: Sequence[str], what: str, frame: str) -> str:
+    rest = items[_LISTED:]
+    within = frame.replace("{}", "".join(rest))
+    return f'<details class="others"><summary>{len(rest)} more {what}</summary>{within}</details>' if rest else ""
 
 
 def _failure(row: ModelRow, tail: Sequence[str]) -> str:

@@ -71,10 +71,9 @@
   const tradeoff = document.getElementById("tradeoff");
   const pareto = (element, model) => {
     const spec = paint(copy(specs.pareto), methods);
-    const { title, values, before } = model.points;
+    const { values, before } = model.points;
     spec.width = inner(element) - 8;
     spec.autosize = { type: "fit-x", contains: "padding" };
-    spec.encoding.y.title = title;
     spec.data = { values: before === null ? values : [...values, { original: true, y: before }] };
     return embed(element, spec);
   };
@@ -165,7 +164,11 @@
     card.className = "card";
     title.textContent = model.name;
     plot.className = "plot";
-    card.append(title, plot);
+    const head = document.createElement("div"), axes = document.createElement("p");
+    axes.className = "quiet";
+    axes.textContent = `${model.points.title} over MiB`;
+    head.append(title, axes);
+    card.append(head, plot);
     tradeoff.querySelector(".cards").append(card);
     draw(plot, () => pareto(plot, model));
   }

@@ -51,11 +51,17 @@ def _pareto() -> Json:
     x = {
         "field": "mib",
         "type": "quantitative",
-        "title": "size, MiB",
+        "title": None,
         "scale": {"zero": False, "nice": True, "padding": 18},
         "axis": {"tickCount": 4, "grid": False},
     }
-    y = {"field": "y", "type": "quantitative", "scale": {"zero": False, "padding": 14}, "axis": {"tickCount": 5}}
+    y = {
+        "field": "y",
+        "type": "quantitative",
+        "title": None,
+        "scale": {"zero": False, "padding": 16},
+        "axis": {"tickCount": 5},
+    }
     tooltip = [
         {"field": "plan", "title": "bit-plan"},
         {"field": "mib", "title": "MiB", "format": ".3f"},
@@ -97,7 +103,11 @@ def _pareto() -> Json:
                     "align": {"expr": "datum.right ? 'right' : 'left'"},
                     "dx": {"expr": "datum.right ? 6 : -6"},
                 },
-                "encoding": {"x": x, "text": {"field": "plan"}},
+                "encoding": {
+                    "x": x,
+                    "text": {"field": "plan"},
+                    "opacity": {"condition": {"test": "datum.front", "value": 1}, "value": 0.65},
+                },
             },
         ],
     }
