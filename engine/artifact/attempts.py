@@ -7,9 +7,10 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from .owner import Owner, read_owner
+from .owner import Owner, draft_is_dead, read_owner
 from .storage import storing, write_durably
 
 ATTEMPTS = ".attempts"
@@ -61,7 +62,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(store_root: Path) -> list[Path]:
-    """Remove what dead owners left in ``.attempts``; return the removed folders.
+    """Remove what dead owners left in ``.attempts``, and their half-written scores and reports; return the folders.
 
     An owner on this host is dead when its process is; anything else (another host, no owner) goes after 7 days
     without a change. Raises StorageError.
@@ -74,7 +75,17 @@ def sweep(store_root: Path) -> list[Path]:
         for path in sorted(attempts.iterdir()) if attempts.is_dir() else ():
             if path.is_file():
                 _sweep_lone_owner(path)
+        for path in _drafts(store_root):
+            gone = draft_is_dead(path)
+            if _stale(path) if gone is None else gone:
+                path.unlink(missing_ok=True)
     return dead
+
+
+def _drafts(store_root: Path) -> Iterator[Path]:
+    for folder in (store_root / "evaluations", *store_root.glob("runs/*/report")):
+        for where, _, names in os.walk(folder):
+            yield from (Path(where, name) for name in names if name.startswith(".") and name.endswith(".tmp"))
 
 
 def abandoned(store_root: Path) -> list[Path]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +51,28 @@ def read_owner(path: Path) -> Owner | None:
         return Owner(**fields)
     except (FileNotFoundError, ValueError, TypeError):
         return None
+
+
+_DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-(\d+)-(\d+)-[0-9a-f]{12}\.tmp")
+
+
+def draft_of(path: Path) -> Path:
+    """Return a hidden name beside ``path`` for this process to write it under first; it tells whose it is."""
+    me = Owner.current()
+    who = f"{me.boot[:8]}-{_digits(me.namespace)}-{me.pid}-{me.started}-{uuid.uuid4().hex[:12]}"
+    return path.with_name(f".{path.name}.{who}.tmp")
+
+
+def draft_is_dead(draft: Path) -> bool | None:
+    """Tell whether the process that wrote ``draft`` has ended; None where that cannot be known from here."""
+    found = _DRAFT.fullmatch(draft.name)
+    if found is None or found[1] != _boot()[:8] or found[2] != _digits(_namespace()):
+        return None
+    return Owner(socket.gethostname(), _boot(), _namespace(), int(found[3]), found[4]).is_dead()
+
+
+def _digits(text: str) -> str:
+    return "".join(letter for letter in text if letter.isdigit())
 
 
 def _alive(pid: int) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StorageError
+from .owner import draft_of
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space or choose another --output, then run again",
@@ -49,7 +49,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Two writers of one path may race: one of them wins whole. Raises StorageError where the file system refuses.
     """
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    temporary = draft_of(path)
     with storing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

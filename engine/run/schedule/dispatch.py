@@ -268,7 +268,7 @@ class Dispatcher:
         at_work = sum(len(slot.attempts) for slot in self._slots)
         if at_work:
             grace = f"up to {self._limits.grace_s:g} s for {at_work} at work; a second signal ends at once"
-            self._tally.progress.note(f"{reason}: {grace}")
+            self._tally.progress.note(f"{reason.partition(':')[0]}: {grace}")  # the whole reason is the last line
         while self._busy() and not interrupts.again and time.monotonic() < end:
             self._show()
             self._await(interrupts, [end - time.monotonic()])

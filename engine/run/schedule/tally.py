@@ -75,7 +75,7 @@ class Tally:
     def take(self, item: Item, outcome: TaskOutcome) -> None:
         """Take an outcome that a worker has brought; a failed one is tried again while its budget lasts."""
         row = outcome.row
-        if outcome.problem:
+        if outcome.problem and outcome.failure is not Failure.NO_SPACE:  # that is said once, as the run's end
             self.progress.note(f"warning: {row.task}: {outcome.problem}")
         if outcome.explanation:
             self.explanations.append(f"{row.task}: {outcome.explanation}")
