@@ -32,12 +32,15 @@ _MIB = 2**20
 
 def run_text(store: Path, ended: RunSummary) -> str:
     """Return the table of a run, its counts, and where artifacts and report lie."""
+    from .run.ending import ending_lines  # noqa: PLC0415
+
     parts = [render(models_table(ended.rows)), summary(ended.rows)]
     if ended.explanations:
         parts += ["why tasks were not reused:", *(f"  {line}" for line in ended.explanations)]
     for task, lines in ended.log_tails.items():
         parts += [f"end of the log of {task}:", *(f"  {line}" for line in lines)] if lines else []
-    return "\n".join([*parts, f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"])
+    parts += [f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"]
+    return "\n".join([*parts, *ending_lines(store, ended.rows, ended.published, ended.unpublished, ended.vanished)])
 
 
 def run_json(store: Path, ended: RunSummary) -> str:
@@ -49,6 +52,9 @@ def run_json(store: Path, ended: RunSummary) -> str:
         explanations=ended.explanations,
         unmatched=ended.unmatched,
         stopped=ended.stopped,
+        published=ended.published,
+        unpublished=ended.unpublished,
+        vanished=asdict(ended.vanished),
         log_tails=ended.log_tails,
         models=json.loads(to_json(ended.rows)),
     )
@@ -220,25 +226,32 @@ def verify_all(
 
 
 def _artifacts_below(path: Path) -> list[Path]:
+    from .artifact.latest import artifact_at, pointers  # noqa: PLC0415
     from .artifact.manifest import MANIFEST  # noqa: PLC0415 - brings in torch
     from .artifact.verify import find_artifacts  # noqa: PLC0415
     from .run.store import find_run  # noqa: PLC0415
 
-    existing_folder(path)
+    path = existing_folder(path)
     if (path / MANIFEST).is_file() or (path / "model.safetensors").is_file():
         return [path]
     run = find_run(path)
     folders = {run.store.root / row.artifact for row in read_models(run.path) if row.artifact is not None}
     if run.path != path:
-        folders |= set(find_artifacts(path))
+        folders |= {*find_artifacts(path), *map(artifact_at, pointers(path))}
     return sorted(folders)
 
 
 def existing_folder(path: Path) -> Path:
-    """Return ``path``; UsageError where it is no folder, which is a slip of the pen and no broken artifact."""
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder: give one that `dfmpc run` has written")
-    return path
+    """Return ``path``, or the artifact's folder that it points to (STORE/latest/MODEL/PLAN).
+
+    UsageError where it is no folder, which is a slip of the pen and no broken artifact.
+    """
+    from .artifact.latest import artifact_at  # noqa: PLC0415
+
+    folder = artifact_at(path)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder: give one that `dfmpc run` has written")
+    return folder
 
 
 def verified_text(results: Sequence[VerifyResult], compared: Sequence[ParityResult] = ()) -> str:

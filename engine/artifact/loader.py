@@ -14,6 +14,7 @@ from ..errors import ArtifactError
 from ..models.factory import AllowList
 from ..models.load import rebuild_module
 from .codes import shape_findings
+from .latest import artifact_at
 from .manifest import PARTS, TENSORS, LayerEntry, Manifest, file_findings, read_manifest
 from .tensors import TensorFile
 
@@ -21,10 +22,11 @@ from .tensors import TensorFile
 def load(path: str | Path, *, allow_code: Sequence[str] = ()) -> nn.Module:
     """Return the compressed network of the artifact ``path``, float32, on the CPU, in eval mode.
 
-    ``allow_code`` adds to the module prefixes (or folders) whose factories may run. Raises ArtifactError where a file
-    is missing or cut short, FactoryError where the factory may not or cannot run; digests are ``verify``'s work.
+    ``path`` is an artifact's folder or a pointer ``STORE/latest/MODEL/PLAN``. ``allow_code`` adds to the module
+    prefixes (or folders) whose factories may run. Raises ArtifactError where a file is missing or cut short,
+    FactoryError where the factory may not or cannot run; digests are ``verify``'s work.
     """
-    folder = Path(path)
+    folder = artifact_at(Path(path))
     manifest = _checked(folder)
     source = manifest.source
     return rebuild_module(
@@ -42,7 +44,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Floating tensors are float32, others as they were stored. No code of the model runs. Raises ArtifactError.
     """
-    folder = Path(path)
+    folder = artifact_at(Path(path))
     return _state(folder, _checked(folder))
 
 

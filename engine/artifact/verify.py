@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import ArtifactError
 from .codes import layer_findings
 from .key import digest_of
+from .latest import artifact_at
 from .manifest import MANIFEST, METADATA, PARTS, TENSORS, Manifest, digest_findings, file_findings, read_manifest
 from .tensors import TensorFile
 
@@ -31,11 +32,12 @@ class VerifyResult:
 
 
 def verify(path: str | Path) -> VerifyResult:
-    """Check the artifact folder ``path`` down to the last code; nothing is changed and no code of a model runs.
+    """Check an artifact down to the last code; nothing is changed and no code of a model runs.
 
-    What is wrong comes back as findings, a missing or unreadable manifest too.
+    ``path`` is its folder, or a pointer of a store. What is wrong comes back as findings, a missing or unreadable
+    manifest too.
     """
-    folder = Path(path)
+    folder = artifact_at(Path(path))
     try:
         manifest = read_manifest(folder)
     except ArtifactError as error:

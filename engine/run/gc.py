@@ -16,7 +16,7 @@ from ..artifact.manifest import MANIFEST
 from ..artifact.storage import storing
 from ..errors import UsageError
 from ..report.tables import Table, TableColumn, counted, render
-from .references import RunUse, uses_of
+from .references import RunUse, published, uses_of
 from .store import Store
 
 Kind = Literal["artifact", "evaluation", "run", "attempt", "claim"]
@@ -93,9 +93,10 @@ class GcResult:
 def collect_garbage(store_root: Path, rules: GcRules, *, delete: bool = False) -> GcResult:
     """Find what ``rules`` let go, with what dead processes left; remove it where ``delete``.
 
-    Nothing that a live run's tasks use goes. What goes is first renamed into ``.attempts``, so that a kill leaves no
-    half artifact or run under its name, only leftovers that the next run sweeps. Raises UsageError where ``store_root``
-    is no store or no rule is given, StorageError where something cannot be removed.
+    Nothing that a live run's tasks use goes, and nothing that ``latest`` names. What goes is first renamed into
+    ``.attempts``, so that a kill leaves no half artifact or run under its name, only leftovers that the next run
+    sweeps. Raises UsageError where ``store_root`` is no store or no rule is given, StorageError where something cannot
+    be removed.
     """
     rules.check()
     store = Store(store_root)
@@ -132,12 +133,15 @@ def _is_old(use: RunUse, rules: GcRules, now: float) -> bool:
 
 
 def _artifacts(store: Store, rules: GcRules, kept: Sequence[RunUse], now: float) -> Iterator[Garbage]:
+    latest = published(store)
     for plan_folder in sorted(store.artifacts.glob("*/*")):
         task = plan_folder.relative_to(store.artifacts).as_posix()
         if any(use.live and use.has_task(task) for use in kept):
             continue
         made = sorted(((_made(path), path) for path in plan_folder.iterdir() if path.is_dir()), reverse=True)
         for place, (at, path) in enumerate(made):
+            if latest.names(task, _name(store, path)):
+                continue
             reasons = _reasons(rules, place, now - at, _may_be_used(kept, task, _name(store, path)), task)
             if reasons:
                 yield _item(store, "artifact", path, "; ".join(reasons))
@@ -195,9 +199,11 @@ def _claims(store: Store, now: float) -> Iterator[Garbage]:
 
 
 def _without_live(store: Store, items: Sequence[Garbage]) -> list[Garbage]:
-    """Leave out what a run that began while we looked may use: adding up the sizes of a large store takes its time."""
-    live = [use for use in uses_of(store) if use.live]
-    spared = {item.path for item in items if item.kind == "artifact" and any(u.has_task(_task(item)) for u in live)}
+    """Leave out what a run that began, or published, while we looked may use: adding up sizes takes its time."""
+    live, latest = [use for use in uses_of(store) if use.live], published(store)
+    artifacts = [item for item in items if item.kind == "artifact"]
+    spared = {item.path for item in artifacts if any(use.has_task(_task(item)) for use in live)}
+    spared |= {item.path for item in artifacts if latest.names(_task(item), item.path)}
     keys = {Path(path).name for path in spared}
     return [item for item in items if item.path not in spared and not _is_scores_of(store, item, keys)]
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..artifact.latest import pointers, read_latest
 from ..artifact.owner import Owner
+from ..errors import ArtifactError
 from .ledger import SETTLED, fold
 from .store import RunFolder, Store
 
@@ -46,6 +48,31 @@ class RunUse:
     def has_task(self, task: str) -> bool:
         """Tell whether ``task`` (MODEL/PLAN) is, or may be, one of the run's."""
         return self.tasks is None or task in self.tasks
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the pointers of a store name."""
+
+    artifacts: frozenset[str]
+    """Relative to the store."""
+    unreadable: frozenset[str]
+    """MODEL/PLAN of pointers that do not say which artifact they name: perhaps any."""
+
+    def names(self, task: str, artifact: str) -> bool:
+        """Tell whether the pointer of ``task`` (MODEL/PLAN) names ``artifact``, or may."""
+        return artifact in self.artifacts or task in self.unreadable
+
+
+def published(store: Store) -> Published:
+    """Return what the pointers of ``store`` name."""
+    artifacts, unreadable = set(), set()
+    for file in pointers(store.root):
+        try:
+            artifacts.add(read_latest(file).artifact)
+        except ArtifactError:
+            unreadable.add("/".join(file.parts[-2:]))
+    return Published(frozenset(artifacts), frozenset(unreadable))
 
 
 def uses_of(store: Store) -> list[RunUse]:

@@ -22,6 +22,7 @@ from .cluster.ray import RayDispatcher
 from .cluster.ray_cluster import RayCluster
 from .cluster.ray_connect import connected
 from .filesystem import check_filesystem
+from .latest import Publisher
 from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
 from .observe import MetricsFile
@@ -40,6 +41,7 @@ from .schedule.tally import Rules, Tally
 from .shards import Shard, array_note, models_of
 from .sizes import predicted_device_bytes, predicted_host_bytes
 from .store import FrozenRun, Store, freeze
+from .vanished import Vanished, note_vanished
 
 _GIB = 2**30
 FAILED = 3
@@ -91,6 +93,12 @@ class RunSummary:
     """The last lines of the logs of the tasks that failed now, by task id."""
     stopped: str = ""
     """Why tasks are left, in words; empty where none is."""
+    published: list[str] = field(default_factory=list)
+    """Tasks whose ``latest`` pointer this command moved to what they left."""
+    unpublished: str = ""
+    """Why pointers could not be moved, which gives exit code 3; a closed gate is no such reason."""
+    vanished: Vanished = field(default_factory=Vanished)
+    """Models of the job's previous finished run that are gone."""
 
 
 def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary:
@@ -154,12 +162,14 @@ class _Run:
         self._ray = ray
         self._joined, self._frozen, self._options, self._deadline = joined, frozen, options, deadline
         self._resources, self._store = loaded.job.resources, joined.run.store
+        self._rules = loaded.job.layers
         self._ledger = Ledger(joined.run)
         sizes = {task.id: joined.bytes.get(task.model.name, 0) for task in joined.open_tasks}
         self._progress = Progress(sizes, shown=options.progress)
         self._board = Board(_items(joined.open_tasks, sizes))
         rules = Rules(cpu_fallback=self._resources.cpu_fallback)
         self._tally = Tally(joined.run, self._board, self._ledger, self._progress, deadline, rules)
+        self._publisher, self._vanished = Publisher(self._store), Vanished()
         self._metrics = MetricsFile(options.metrics, joined.run.run_id, frozen.job, len(joined.tasks))
 
     def carry_out(self, devices: Sequence[str], asked: str | Sequence[str], interrupts: Interrupts) -> str:
@@ -197,6 +207,8 @@ class _Run:
         ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
         incomplete = bool(stopped) or any(task.id not in rows for task in self._frozen.tasks)
         exit_code = InterruptedRunError.exit_code if stopped else exit_code_of(ordered)
+        self._publisher.settle(ordered)
+        exit_code = exit_code or (FAILED if self._publisher.problem else 0)
         self._metrics.finish(tally, ordered, exit_code)
         return RunSummary(
             run=joined.run.path,
@@ -204,9 +216,12 @@ class _Run:
             exit_code=exit_code,
             explanations=tally.explanations if self._options.explain else [],
             resumed=joined.resumed,
-            unmatched=[] if incomplete else unmatched_rules(joined.run.path, self._frozen.tasks[0].layers),
+            unmatched=[] if incomplete else unmatched_rules(joined.run.path, self._rules),
             log_tails=tally.log_tails,
             stopped=stopped,
+            published=self._publisher.moved,
+            unpublished=self._publisher.problem,
+            vanished=self._vanished,
         )
 
     def _begin(self) -> None:
@@ -218,6 +233,12 @@ class _Run:
             self._progress.note(note)
         sweep_leftovers(self._store, self._progress)
         self._tally.record(Event(Kind.RUN_STARTED))
+        if self._options.only is None:
+            models = {task.model.name for task in self._frozen.tasks}
+            try:
+                self._vanished = note_vanished(joined.run, self._frozen.job, models)
+            except StorageError as error:
+                self._progress.note(f"warning: {error}")
         _refuse_large(self._board, self._tally, self._resources.host_memory)
 
     def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher | RayDispatcher:
@@ -240,6 +261,7 @@ class _Run:
 
         def observe(running: int, workers: int) -> None:
             self._metrics.update(self._tally, running, workers)
+            self._publisher.update(self._tally.rows.values())
 
         if self._ray is not None:
             settings = replace(settings, device=devices[0])

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from ..artifact.latest import LATEST
 from ..errors import UsageError
 from ..job.expand import Task
 from ..job.fields import Strict
@@ -103,6 +104,11 @@ class Store:
     def evaluations(self) -> Path:
         """Cached scores and logits."""
         return self.root / "evaluations"
+
+    @property
+    def latest(self) -> Path:
+        """Pointers by model and plan to the artifacts to use; see artifact/latest.py."""
+        return self.root / LATEST
 
     @property
     def runs(self) -> Path:
