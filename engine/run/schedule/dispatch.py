@@ -84,14 +84,26 @@ class Dispatcher:
     # handing out
 
     def _hand_out(self, now: float) -> None:
+        """Give every idle slot a task, and then every busy one its next."""
         for slot in list(self._usable):
-            while slot in self._usable and slot.hungry and (item := self._next_for(slot, now)) is not None:
-                self._promises.make(slot, item)
-                try:
-                    slot.give(item)
-                except OSError as error:
-                    self._board.put_back(item)
-                    self._false_start(slot, f"no worker could be started on {slot.device}: {error}")
+            while slot in self._usable and not slot.busy and self._give(slot, now):
+                pass
+        for slot in list(self._usable):
+            while slot in self._usable and slot.busy and slot.hungry and self._give(slot, now):
+                pass
+
+    def _give(self, slot: Slot, now: float) -> bool:
+        """Give ``slot`` what is next for it; False where there is nothing. A worker may fail to start on it."""
+        item = self._next_for(slot, now)
+        if item is None:
+            return False
+        self._promises.make(slot, item)
+        try:
+            slot.give(item)
+        except OSError as error:
+            self._board.put_back(item)
+            self._false_start(slot, f"no worker could be started on {slot.device}: {error}")
+        return True
 
     def _next_for(self, slot: Slot, now: float) -> Item | None:
         if slot.given and slot.given[-1].history.mode.alone:
