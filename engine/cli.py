@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.diff import diff
 from .commands.export import export
 from .commands.housekeeping import gc, status
 from .commands.look import doctor, inspect, report, schema, verify
@@ -21,6 +22,7 @@ COMMANDS: dict[Callable[..., int | None], tuple[str, ...]] = {
     plan: ("dfmpc plan jobs/quickstart.yaml",),
     status: ("dfmpc status store/quickstart", "dfmpc status store/quickstart --watch"),
     report: ("dfmpc report store/quickstart --layers --only '*/rtn-4'",),
+    diff: ("dfmpc diff store/nightly", "dfmpc diff RUN_A RUN_B --max-slowdown 50% --json"),
     inspect: ("dfmpc inspect store/quickstart/artifacts/efficientnet-lite0/rtn-4/*",),
     verify: ("dfmpc verify store/quickstart",),
     export: ("dfmpc export store/quickstart/artifacts/efficientnet-lite0/rtn-4/* --format onnx",),

@@ -14,8 +14,8 @@ from dfmpc import cli
 from dfmpc.errors import ArtifactError, DfmpcError, StorageError
 from typer.testing import CliRunner
 
-COMMANDS = ("run", "plan", "status", "report", "inspect", "verify", "export", "gc", "schema", "doctor")
-TABLES = ("run", "plan", "status", "report", "inspect", "verify", "export", "gc", "doctor")
+COMMANDS = ("run", "plan", "status", "report", "diff", "inspect", "verify", "export", "gc", "schema", "doctor")
+TABLES = ("run", "plan", "status", "report", "diff", "inspect", "verify", "export", "gc", "doctor")
 GOOD = (
     "version: 1\nname: t\noutput: store\nmodels: [{program: none.pt2}]\nbit_plans: [{name: p, method: rtn, bits: 4}]\n"
 )
