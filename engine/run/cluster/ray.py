@@ -98,7 +98,7 @@ class RayDispatcher:
         gone = self._fleet.update(self._cluster.nodes(), self._board.items())
         for lane in self._fleet.busy:
             if lane.sign is not None and lane.sign.node in gone:
-                self._cluster.cancel(lane.number, force=True)
+                self._cluster.cancel(lane.number)
                 self._losses.with_node(lane, f"node {hosts[lane.sign.node]} is gone")
         if gone:
             self._recall()  # Ray may wait for a minute for a dead node's answer, and what fits may have changed
@@ -206,7 +206,7 @@ class RayDispatcher:
                 self._end(lane, Failure.TIMEOUT, TaskTimeoutError(text))
 
     def _end(self, lane: Lane, failure: Failure, error: DfmpcError) -> None:
-        self._cluster.cancel(lane.number, force=True)
+        self._cluster.cancel(lane.number)
         self._losses.charge(lane, failure, error)
 
     # ends of the run
@@ -233,10 +233,10 @@ class RayDispatcher:
         return ""
 
     def _recall(self) -> None:
-        """Withdraw what waits in Ray's queue."""
+        """Withdraw what waits in Ray's queue; what has begun unheard is killed with its process."""
         for lane in self._fleet.busy:
             if not lane.begun and lane.item is not None:
-                self._cluster.cancel(lane.number, force=False)
+                self._cluster.cancel(lane.number)
                 self._board.put_back(lane.item)
                 lane.clear()
 
@@ -268,7 +268,7 @@ class RayDispatcher:
         """End what is at work and return it."""
         busy = [(lane, lane.item) for lane in self._fleet.busy if lane.item is not None]
         for lane, _ in busy:
-            self._cluster.cancel(lane.number, force=True)
+            self._cluster.cancel(lane.number)
         if busy:
             self._cluster.settle(_SETTLE_S)
         return busy

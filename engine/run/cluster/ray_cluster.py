@@ -123,10 +123,13 @@ class RayCluster:
         self._flying[order.number] = ref, future
         future.add_done_callback(lambda ended: self._put(self._landed(order.number, ended)))
 
-    def cancel(self, number: int, *, force: bool) -> None:
-        """End order ``number``: one that waits is withdrawn; with ``force`` the process of one at work is killed."""
+    def cancel(self, number: int) -> None:
+        """End order ``number``: one that waits is withdrawn, the process of one at work is killed.
+
+        An interrupt instead, which Ray offers too, would leave a process with half of a library imported.
+        """
         if number in self._flying:
-            self._ray.cancel(self._flying[number][0], force=force)
+            self._ray.cancel(self._flying[number][0], force=True)
 
     def settle(self, timeout_s: float) -> None:
         """Wait until everything that is under way has come back, ``timeout_s`` seconds at most."""

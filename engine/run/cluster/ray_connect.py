@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import socket
 import sys
@@ -15,17 +16,29 @@ from ...errors import UsageError
 from .ray_cluster import RayCluster, first_line
 
 _CONNECT_S = 10.0
+_LONGEST = 400
+
+
+class _Remarks(io.TextIOBase):
+    """What Ray prints, on stderr: the first line of each remark, without the dumps of its logs that follow."""
+
+    def write(self, text: str) -> int:
+        """Pass on the lines that are not indented."""
+        for line in text.splitlines():
+            if line.strip() and not line[0].isspace():
+                print(line[:_LONGEST], file=sys.stderr)
+        return len(text)
 
 
 @contextmanager
 def connected(address: str) -> Iterator[RayCluster]:
     """Connect to the cluster at ``address`` (``auto`` or HOST:PORT) while entered. Raises UsageError.
 
-    Ray's own remarks go to stderr meanwhile: stdout may be a JSON document.
+    What Ray prints goes to stderr meanwhile: stdout may be a JSON document.
     """
-    ray = _import_ray()
     _check_address(address)
-    with redirect_stdout(sys.stderr):
+    ray = _import_ray()
+    with redirect_stdout(_Remarks()):
         ours = not ray.is_initialized()
         if ours:
             _init(ray, address)
