@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,12 @@ class Bench:
         file = self.folder / "job.yaml"
         file.write_text(yaml.safe_dump({**content, **fields}))
         return file
+
+
+@pytest.fixture(scope="session")
+def make_bench() -> Callable[[Path], Bench]:
+    """Return what makes a bench of a folder, for fixtures that outlive one test."""
+    return Bench
 
 
 @pytest.fixture
