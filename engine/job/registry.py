@@ -82,7 +82,8 @@ def _model(root: Path, place: ModelFolder, name: str, program: str, below: Prepr
     if place.problem:
         return JobModel(ModelSource(name=name, problem=place.problem))
     if not place.sidecar:
-        return JobModel(ModelSource(name=name, program=str(folder / program), preprocess=below))
+        source = ModelSource(name=name, program=str(folder / program), preprocess=below)
+        return JobModel(source, origin=str(folder / program))
     file = folder / SIDECAR
     try:
         document = parse(file, _KIND)
@@ -94,7 +95,7 @@ def _model(root: Path, place: ModelFolder, name: str, program: str, below: Prepr
         return _broken(name, file, schema_problems(error, document, Sidecar) + _outside(root, folder, document))
     if problems := _outside(root, folder, document) + _no_program(sidecar, document, place, program):
         return _broken(sidecar.name or name, file, problems)
-    return _described(sidecar, folder, name, program, below)
+    return replace(_described(sidecar, folder, name, program, below), origin=str(file))
 
 
 def _is_text(path: str) -> bool:
@@ -154,8 +155,8 @@ def _with_plans(model: JobModel, known: Sequence[str] | None) -> JobModel:
     patterns = model.plans
     if not patterns or known is None or any(fnmatchcase(name, one) for name in known for one in patterns):
         return model
-    problem = f"bit_plans {', '.join(patterns)} match none of the job's: {', '.join(known)}"
-    return JobModel(ModelSource(name=model.source.name, problem=problem), model.gates)
+    problem = f"{model.origin}: bit_plans {', '.join(patterns)} match none of the job's: {', '.join(known)}"
+    return JobModel(ModelSource(name=model.source.name, problem=problem), origin=model.origin)
 
 
 def _named(model: JobModel, path_name: str, taken: Container[str], found: Mapping[str, JobModel]) -> JobModel:
@@ -163,9 +164,9 @@ def _named(model: JobModel, path_name: str, taken: Container[str], found: Mappin
     name = model.source.name
     try:
         _NAME.validate_python(name)
-        problem = f"the name {name!r} is used by another model: give name in {SIDECAR}"
+        problem = f"{model.origin}: the name {name!r} is used by another model: give another one in {SIDECAR}"
     except ValidationError:
-        problem = f"the path gives {name!r}, which cannot be a model's name: give name in {SIDECAR}"
+        problem = f"{model.origin}: the path gives {name!r}, which cannot be a model's name: give one in {SIDECAR}"
     else:
         if name not in taken and name not in found:
             return model

@@ -45,6 +45,8 @@ class JobModel:
     """Rules before the job's."""
     plans: tuple[str, ...] | None = None
     """Patterns of the bit-plans that it gets; None: all."""
+    origin: str = ""
+    """The sidecar or program of a registry that it is, for messages."""
 
 
 def model_sources(spec: ModelSpec, folder: Path, evaluate: Evaluate | None) -> list[ModelSource]:
