@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..job.expand import Task
-from ..job.schema import Evaluate, Gates
+from ..job.gates import Gates
+from ..job.schema import Evaluate
 from ..report.rows import ModelRow
 from .failures import Failure, Mode
 

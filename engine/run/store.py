@@ -17,7 +17,8 @@ from ..errors import UsageError
 from ..job.expand import Task
 from ..job.fields import Strict
 from ..job.loader import LoadedJob
-from ..job.schema import Evaluate, Gates, Resources
+from ..job.gates import Gates
+from ..job.schema import Evaluate, Resources
 from .sizes import source_bytes
 
 

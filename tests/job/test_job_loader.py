@@ -133,7 +133,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, text: str, line: int, field: str
     ("model", "field", "expected"),
     [
         ("{}", "models[0]", "exactly one of factory, program, glob, registry; got none"),
-        ("{program: a.pt2, glob: b}", "models[0]", "exactly one of factory, program, glob, registry; got program, glob"),
+        ("{program: a.pt2, glob: b}", "models[0]", "program, glob, registry; got program, glob"),
         ("{factory: 'a:b'}", "models[0]", "name, checkpoint, input beside factory"),
         ("{program: a.pt2, input: [1, 3]}", "models[0]", "no input without a factory"),
         ("{name: x, glob: '*.pt2'}", "models[0]", "no name beside glob"),
