@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +41,11 @@ def report(
     from .pages import write_pages  # noqa: PLC0415
 
     found = read_report(place, only=only, layers=html is not None)
-    lines = write_pages(place, found, only=only, html=html, markdown=markdown, histograms=histograms)
-    print(json.dumps({"files": lines}, indent=1) if as_json else "\n".join(lines), end="\n" if lines else "")
+    written = write_pages(place, found, only=only, html=html, markdown=markdown, histograms=histograms)
+    if as_json:
+        print(json.dumps({"files": [asdict(file) for file in written]}, indent=1))
+    else:
+        print(*(f"{file.to_text()}\n" for file in written), sep="", end="")
 
 
 def inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,22 @@ if TYPE_CHECKING:
 STDOUT = Path("-")
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file and its size."""
+
+    path: str
+    bytes: int
+
+    def to_text(self) -> str:
+        """Return both on a line."""
+        return f"{self.path}: {size(self.bytes)}"
+
+
 def write_pages(
     run: RunFolder, found: Report, *, only: str | None, html: Path | None, markdown: Path | None, histograms: int
-) -> list[str]:
-    """Write what is asked for of ``found``, the rows of the tasks that match ``only``, and return a line a file.
+) -> list[Written]:
+    """Write what is asked for of ``found``, the rows of the tasks that match ``only``, and return the files.
 
     ``histograms`` is for how many layers of every model, the worst, weights are counted. Raises UsageError where a
     file cannot lie there or the page's library is missing, StorageError where it cannot be written.
@@ -32,14 +45,14 @@ def write_pages(
         if file is not None and file != STDOUT and not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: its folder does not exist: make it, or write elsewhere")
     facts = read_facts(run, found.models, {task.id for task in choose(run.frozen().tasks, only)})
-    lines = []
+    written: list[Written] = []
     if html is not None:
-        lines += _write(html, _html(run, facts, found, histograms))
+        written += _write(html, _html(run, facts, found, histograms))
     if markdown is not None:
         from ..report.markdown import to_markdown  # noqa: PLC0415
 
-        lines += _write(markdown, to_markdown(facts, found.models))
-    return lines
+        written += _write(markdown, to_markdown(facts, found.models))
+    return written
 
 
 def _html(run: RunFolder, facts: RunFacts, found: Report, histograms: int) -> str:
@@ -57,10 +70,10 @@ def _html(run: RunFolder, facts: RunFacts, found: Report, histograms: int) -> st
     return to_html(facts, found.models, layers, counted)
 
 
-def _write(file: Path, content: str) -> list[str]:
+def _write(file: Path, content: str) -> list[Written]:
     if file == STDOUT:
         sys.stdout.write(content)
         return []
     data = content.encode("utf-8", "replace")
     write_atomically(file, data)
-    return [f"{file}: {size(len(data))}"]
+    return [Written(str(file), len(data))]

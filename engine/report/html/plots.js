@@ -108,7 +108,8 @@
       drawn.forEach((part, i) => { part.width = i ? rest : bits; });
     } else drawn.forEach((part) => { part.width = inner(element) - labels - 26; part.encoding.y.axis.grid = true; });
     drawn[0].encoding.y.axis.grid = false;
-    for (const part of drawn) part.encoding.y.scale = { domain: some };
+    const compensated = some.filter((name) => values.some((row) => row.layer === name && Number.isFinite(row.cmean)));
+    drawn.forEach((part, i) => { part.encoding.y.scale = { domain: i === 2 && !wide ? compensated : some }; });
     return embed(element, { data: { values }, [wide ? "hconcat" : "vconcat"]: drawn, spacing: gap, padding: 4, resolve: { scale: { color: "independent", shape: "independent" } } });
   };
   const bins = (counts, edge, when) => {

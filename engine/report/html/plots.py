@@ -189,7 +189,7 @@ def _sqnr() -> Json:
         "field": "sqnr",
         "type": "quantitative",
         "title": None,
-        "scale": {"zero": False, "nice": True},
+        "scale": {"zero": False, "nice": True, "padding": 6},
         "axis": {"orient": "top", "tickCount": 5},
     }
     dot = {"type": "point", "filled": True, "size": 46, "opacity": 0.95}
