@@ -16,8 +16,8 @@ from ..artifact.latest import LATEST
 from ..errors import UsageError
 from ..job.expand import Task
 from ..job.fields import Strict
-from ..job.loader import LoadedJob
 from ..job.gates import Gates
+from ..job.loader import LoadedJob
 from ..job.schema import Evaluate, Resources
 from .sizes import source_bytes
 
