@@ -111,7 +111,8 @@ def _original(source: ModelSource, artifacts: Sequence[_Artifact], notes: list[s
 def _program_state(file: FileBytes) -> Mapping[str, Tensor]:
     from ...models.program import load_program  # noqa: PLC0415 - takes seconds that a checkpoint needs not
 
-    return load_program(file).state_dict
+    state: Mapping[str, Tensor] = load_program(file).state_dict
+    return state
 
 
 def _digests(manifest: Manifest) -> list[str]:
@@ -153,6 +154,8 @@ def _counts(weight: Tensor, edge: float) -> tuple[int, ...]:
     import torch  # noqa: PLC0415 - a page without histograms needs none
 
     total = torch.zeros(BINS, dtype=torch.float64)
-    for part in weight.detach().reshape(-1).split(_CHUNK):
+    flat = weight.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
         total += torch.histc(part.to(torch.float64).clamp(-edge, edge), BINS, -edge, edge)
     return tuple(int(count) for count in total)

@@ -142,7 +142,7 @@ def _task_line(row: ModelRow, columns: Sequence[_Column]) -> str:
 
 def filters(rows: Sequence[ModelRow]) -> str:
     """Return the search field and a button for every status and gate that occurs in several kinds."""
-    kinds = {"status": sorted({row.status for row in rows}), "gate": sorted({_gate(row) for row in rows} - {""})}
+    kinds = {"status": sorted({str(row.status) for row in rows}), "gate": sorted({_gate(row) for row in rows} - {""})}
     chips = "".join(
         f'<button type="button" class="chip" aria-pressed="false" data-kind="{kind}" data-name="{text(name)}">'
         f"{'gate ' if kind == 'gate' else ''}{text(name)}</button>"
