@@ -12,7 +12,7 @@ from ..errors import Problem, UsageError
 from .document import Document, FieldPath, path_text
 from .fields import Name
 from .methods import BitPlan
-from .registry import registry_models
+from .registry import path_names, registry_models
 from .schema import Evaluate, ModelSpec, Selector
 from .sources import model_sources, selected
 
@@ -90,7 +90,10 @@ class Checks:
     def _registered(self, index: int, spec: ModelSpec) -> list[str]:
         """Return the names in a registry. What is wrong with its models fails those alone, later."""
         try:
-            names = [model.source.name for model in registry_models(spec, self.folder, None)]
+            if self.document.data.get("include") or self.document.data.get("exclude"):
+                names = [model.source.name for model in registry_models(spec, self.folder, None)]
+            else:  # nobody asks for names by sidecars, which take their time to read
+                names = path_names(spec, self.folder)
             expected = "" if names else "a folder tree with a dfmpc.yaml or a .pt2 file in it"
         except UsageError as error:
             names, expected = [], str(error)

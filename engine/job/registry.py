@@ -47,6 +47,16 @@ class Sidecar(ModelFields):
         return self
 
 
+def path_names(spec: ModelSpec, folder: Path) -> list[str]:
+    """Return the names that the models of a registry have by their paths, without reading a sidecar."""
+    root = _root(spec, folder)
+    return [name for place in walk(root) for name, _ in names_of(place, root)]
+
+
+def _root(spec: ModelSpec, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / (spec.registry or "")))
+
+
 def registry_models(
     spec: ModelSpec,
     folder: Path,
@@ -60,7 +70,7 @@ def registry_models(
     be used, or whose name is in ``taken`` or used before, has a ``problem`` and a name that nobody else has. ``plans``
     are the names of the job's bit-plans (None: not known). Raises UsageError where the tree cannot be walked.
     """
-    root = Path(os.path.abspath(folder / (spec.registry or "")))
+    root = _root(spec, folder)
     found: dict[str, JobModel] = {}
     for place in walk(root):
         for name, program in names_of(place, root):

@@ -317,3 +317,11 @@ def _night(tree: Tree, exit_code: int) -> dict[str, Any]:
     document = json.loads(ended.stdout)
     assert document["vanished"]["models"] == ([] if exit_code else ["broken", "forbidden"])
     return {row["task"]: row for row in document["models"]}
+
+
+def test_include_and_exclude_know_the_names_that_sidecars_give(tree: Tree) -> None:
+    tree.sidecar("a", {**GOOD, "name": "chosen"})
+    tree.program("b.pt2")
+    assert sorted(tree.tasks(include=[{"model": "chosen", "plan": "r4"}])) == ["chosen/r4"]
+    with pytest.raises(JobFileError, match="which matches no task"):
+        load_job(tree.job(include=[{"model": "a"}]))
