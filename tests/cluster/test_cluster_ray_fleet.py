@@ -76,20 +76,22 @@ def test_seats_are_what_the_scarcest_resource_allows() -> None:
 def test_lanes_follow_the_nodes_and_keep_what_is_out(task: Task) -> None:
     fleet = Fleet(threads=1, on_gpu=False)
     assert fleet.update([_node("a"), _node("b")], [_item(task)]) == set()
-    assert len(fleet.lanes) == 4 + 4 + 2
-    for number, lane in enumerate(fleet.lanes[:9]):
+    assert len(fleet.lanes) == 4 + 4
+    for number, lane in enumerate(fleet.lanes[:7]):
         lane.fill(_item(task), number)
     assert fleet.update([_node("b")], []) == {"a"}
-    assert (len(fleet.busy), len(fleet.lanes)) == (9, 9)
-    for lane in fleet.busy[:8]:
+    assert (len(fleet.busy), len(fleet.lanes)) == (7, 7)
+    for lane in fleet.busy[:6]:
         lane.clear()
     assert fleet.update([_node("b")], []) == set()
-    assert (len(fleet.busy), len(fleet.lanes)) == (1, 6)
-    assert fleet.update([], []) == {"b"}
-    assert len(fleet.lanes) == 3, "something is always asked for, so that a cluster that grows by demand does"
+    assert (len(fleet.busy), len(fleet.lanes)) == (1, 4)
+    fleet.update([_node("b"), _node("c")], [])
+    assert sorted(lane.name for lane in fleet.lanes) == list(range(8))
+    assert fleet.update([], []) == {"b", "c"}
+    assert len(fleet.lanes) == 1, "something is always asked for, so that a cluster that grows by demand does"
 
 
-def test_a_model_stays_on_its_node_while_there_is_room(task: Task) -> None:
+def test_a_lane_stays_on_its_node_while_there_is_room(task: Task) -> None:
     fleet, item = Fleet(threads=2, on_gpu=False), _item(task)
     fleet.update([_node("a"), _node("b")], [item])
     lane, other = fleet.lanes[0], fleet.lanes[1]

@@ -11,9 +11,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from ... import faults
 from ...errors import DfmpcError, TaskTimeoutError, WorkerDiedError
-from ...models.factory import DEFAULT_MODULES, AllowList
 from ..failures import Failure
 from ..ledger import Event, Kind
 from ..messages import TaskOutcome, WorkerSettings
@@ -21,13 +19,12 @@ from ..schedule.board import Asker, Board, Item
 from ..schedule.deadline import Deadline
 from ..schedule.dispatch import Limits
 from ..schedule.interrupts import Interrupts
-from ..schedule.process import thread_variables
 from ..schedule.tally import Tally
 from ..store import RunFolder
 from .ray_cluster import Landed, Loss, RayCluster, unseen_text
 from .ray_fleet import Fleet, Lane
 from .ray_losses import Losses
-from .ray_task import Order, Unseen
+from .ray_task import Order, Unseen, absolute_allow_list, environment_for
 
 _WORTH_S = 10.0
 """Seconds of work that must be left of a model that somebody is at before a process is started just to help."""
@@ -35,6 +32,8 @@ _LOOK_S = 2.0
 """Time between two looks at which nodes live."""
 _NOBODY_S = 600.0
 """How long the cluster may be without a node that could run a task until the run ends."""
+_PINNED_S = 60.0
+"""How long an order may wait for its lane's node, which others may be using, until any node will do."""
 _SETTLE_S = 3.0
 """How long an ending run waits for processes to be killed."""
 
@@ -55,7 +54,7 @@ class RayDispatcher:
         """``observe`` hears now and then how many tasks are at work and how many processes are at them."""
         self._cluster, self._board, self._tally = cluster, board, tally
         self._deadline, self._limits, self._observe = deadline, limits, observe
-        self._settings = replace(settings, allow_code=_absolute(settings.allow_code))
+        self._settings = replace(settings, allow_code=absolute_allow_list(settings.allow_code))
         self._fleet = Fleet(settings.threads, settings.device == "cuda", cordoned=tally.cordoned)
         self._proof = _proof(tally.run)
         self._orders, self._looked = 0, 0.0
@@ -67,7 +66,7 @@ class RayDispatcher:
 
         Raises UsageError, before anything is started, where a node cannot take part.
         """
-        self._cluster.open(_environment(self._settings.threads), self._proof)
+        self._cluster.open(environment_for(self._settings.threads), self._proof)
         reason = ""
         try:
             while not reason and (self._board or self._fleet.busy):
@@ -110,7 +109,8 @@ class RayDispatcher:
             wants, node = self._fleet.wants(item), self._fleet.place(lane, item)
             self._orders += 1
             lane.fill(item, self._orders)
-            self._cluster.submit(self._order(item), wants, node, afresh=self._fleet.afresh)
+            lane.pinned = node is not None
+            self._cluster.submit(self._order(item), wants, node, lane=lane.name, afresh=self._fleet.afresh)
 
     def _next_for(self, lane: Lane, now: float) -> Item | None:
         if not self._fleet.usable:
@@ -204,6 +204,8 @@ class RayDispatcher:
             elif lane.begun and limit_s is not None and now >= lane.since + limit_s:
                 text = f"not finished after {limit_s:g} s (resources.task_timeout): raise it, or leave the task out"
                 self._end(lane, Failure.TIMEOUT, TaskTimeoutError(text))
+            elif not lane.begun and lane.pinned and now >= lane.sent + _PINNED_S:
+                self._withdraw(lane)
 
     def _end(self, lane: Lane, failure: Failure, error: DfmpcError) -> None:
         self._cluster.cancel(lane.number)
@@ -235,10 +237,15 @@ class RayDispatcher:
     def _recall(self) -> None:
         """Withdraw what waits in Ray's queue; what has begun unheard is killed with its process."""
         for lane in self._fleet.busy:
-            if not lane.begun and lane.item is not None:
-                self._cluster.cancel(lane.number)
-                self._board.put_back(lane.item)
-                lane.clear()
+            if not lane.begun:
+                self._withdraw(lane)
+
+    def _withdraw(self, lane: Lane) -> None:
+        self._cluster.cancel(lane.number)
+        if lane.item is not None:
+            self._board.put_back(lane.item)
+        lane.clear()
+        lane.node = None
 
     def _drain(self, interrupts: Interrupts, reason: str) -> None:
         """Withdraw what has not begun and give what has its time of grace; a second signal ends at once."""
@@ -278,14 +285,3 @@ def _proof(run: RunFolder) -> Path:
     """Return this process's ledger file, of which no machine has a copy; where there is none the task list."""
     own = run.ledger.glob(f"{socket.gethostname()}-{os.getpid()}-*.jsonl")
     return max(own, key=lambda file: file.stat().st_mtime, default=run.tasks_file)
-
-
-def _absolute(allow_code: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the allow-list with what this process's environment adds, for processes in other folders."""
-    allow = AllowList.default(allow_code)
-    return (*(name for name in allow.modules if name not in DEFAULT_MODULES), *map(str, allow.folders))
-
-
-def _environment(threads: int) -> dict[str, str]:
-    asked = os.environ.get(faults.VARIABLE)
-    return thread_variables(threads) | ({faults.VARIABLE: asked} if asked else {})

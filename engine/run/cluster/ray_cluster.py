@@ -21,6 +21,7 @@ from .ray_task import Ear, NodeFacts, Order, Sign, Unseen, describe_node, do_tas
 
 _DEAF_S = 1.0
 """How long nobody listens for signs of life after listening failed."""
+_LANE = "DFMPC_RAY_LANE"
 _ANSWER_S = 120.0
 """How long a node may take to start a process and answer what it is like."""
 
@@ -106,7 +107,7 @@ class RayCluster:
                 found.append(Node(entry["NodeID"], entry["NodeManagerHostname"], cpus, gpus, memory, gpu_bytes))
         return found
 
-    def submit(self, order: Order, wants: Wants, node: str | None, *, afresh: bool) -> None:
+    def submit(self, order: Order, wants: Wants, node: str | None, *, lane: int, afresh: bool) -> None:
         """Hand ``order`` to Ray, which tries once; ``node``: where it would best run (None: anywhere)."""
         function = self._do_afresh if afresh else self._do
         ref = function.options(
@@ -116,7 +117,8 @@ class RayCluster:
             memory=wants.memory,
             max_retries=0,
             retry_exceptions=False,
-            runtime_env={"env_vars": self._environment},
+            # a task gets a process with the same environment: one of this lane, which has the lane's model loaded
+            runtime_env={"env_vars": {**self._environment, _LANE: str(lane)}},
             scheduling_strategy="DEFAULT" if node is None else self._on(node, soft=True),
         ).remote(order, self._ear)
         future: Future[Any] = ref.future()

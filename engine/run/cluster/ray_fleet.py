@@ -10,16 +10,21 @@ from ..schedule.board import Item
 from .ray_resources import Node, Wants, seats, typical, wants_of
 from .ray_task import Sign
 
-_AHEAD = 2
-"""Orders beyond what the cluster can run at once: Ray has the next at hand, and the board still decides the order."""
-
 
 @dataclass
 class Lane:
-    """Room for one order. ``node`` and ``model`` are those of its last task."""
+    """Room for one order, and a Ray process of its own where it stays on a node.
 
+    ``node`` and ``model`` are those of its last task, ``name`` tells it from other lanes.
+    """
+
+    name: int
     item: Item | None = None
     number: int = 0
+    sent: float = 0.0
+    """Monotonic time at which the order went out, in seconds."""
+    pinned: bool = False
+    """It was sent to a node, rather than anywhere."""
     sign: Sign | None = None
     """The last one of the order at hand; None while it waits in Ray's queue."""
     since: float = 0.0
@@ -47,6 +52,7 @@ class Lane:
     def fill(self, item: Item, number: int) -> None:
         """Note that order ``number`` is out for ``item``."""
         self.item, self.number, self.sign, self.model = item, number, None, item.model
+        self.sent = time.monotonic()
 
     def hear(self, sign: Sign) -> None:
         """Take a sign of life."""
@@ -99,11 +105,14 @@ class Fleet:
         room = sum(seats(node, self._typical) for node in nodes)
         if room:
             self._able = time.monotonic()
-        wanted = max(1, room) + _AHEAD
+        # One at least, as some clusters grow by what waits. And none more than can run: what waits in Ray is lost to
+        # the board's order.
+        wanted = max(1, room)
         idle = [lane for lane in self.lanes if not lane.busy]
         spare = idle[: max(0, len(self.lanes) - wanted)]
         self.lanes = [lane for lane in self.lanes if not any(lane is each for each in spare)]
-        self.lanes += [Lane() for _ in range(wanted - len(self.lanes))]
+        free = sorted(set(range(wanted + len(self.lanes))) - {lane.name for lane in self.lanes})
+        self.lanes += [Lane(name) for name in free[: max(0, wanted - len(self.lanes))]]
         return gone
 
     def unable_s(self) -> float:
@@ -117,8 +126,8 @@ class Fleet:
     def place(self, lane: Lane, item: Item) -> str | None:
         """Return the node on which ``item`` would best run; None where Ray should choose.
 
-        That is where the lane's last task of the same model ran, whose process may still have the model in memory, or
-        a node without the devices to be avoided.
+        That is where the lane's last task ran, whose process is there and may have the model in memory, or a node
+        without the devices to be avoided.
         """
         shunned = self._bad() | {self.homes[device] for device in item.avoid if device in self.homes}
         if shunned and self.on_gpu and not item.history.mode.on_cpu:
@@ -126,7 +135,7 @@ class Fleet:
             allowed = others or [node for node in self.nodes if node.gpus > 0 and node.id not in self._bad()]
             return max(allowed, key=self._room).id if allowed else None
         known = [node for node in self.nodes if node.id == lane.node]
-        return lane.node if lane.model == item.model and known and self._room(known[0]) > 0 else None
+        return lane.node if known and self._room(known[0]) > 0 else None
 
     def _room(self, node: Node) -> int:
         return seats(node, self._typical) - sum(lane.busy and lane.node == node.id for lane in self.lanes)

@@ -15,11 +15,11 @@ from typing import Any
 
 from ... import __version__, faults
 from ...job.expand import ModelSource, Task
-from ...models.factory import AllowList
+from ...models.factory import DEFAULT_MODULES, AllowList
 from ..failures import Failure, Mode
 from ..ledger import Ledger
 from ..messages import Message, Started, TaskOutcome, WorkerSettings
-from ..schedule.process import triton_cache
+from ..schedule.process import thread_variables, triton_cache
 from ..shared import SharedModel
 from ..store import RunFolder
 from ..worker.attempt import Attempt, Context
@@ -99,6 +99,18 @@ class Ear:
         self._changed.clear()
         signs, self._signs = self._signs, []
         return signs
+
+
+def absolute_allow_list(allow_code: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the allow-list with what this process's environment adds, for processes in other folders."""
+    allow = AllowList.default(allow_code)
+    return (*(name for name in allow.modules if name not in DEFAULT_MODULES), *map(str, allow.folders))
+
+
+def environment_for(threads: int) -> dict[str, str]:
+    """Return the environment of processes that compute with ``threads`` threads."""
+    asked = os.environ.get(faults.VARIABLE)
+    return thread_variables(threads) | ({faults.VARIABLE: asked} if asked else {})
 
 
 def do_task(order: Order, ear: Any) -> TaskOutcome | Unseen:
