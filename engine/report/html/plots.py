@@ -30,7 +30,7 @@ def library() -> str:
     require_library()
     import vl_convert  # noqa: PLC0415 - 90 MB that nothing else needs
 
-    script: str = vl_convert.javascript_bundle(None).replace("\r", "")
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("\r", "")
     if "</script" in script.lower() or "<!--" in script:
         raise UsageError("this vl-convert-python's script cannot stand in a page: install the version of dfmpc[html]")
     return script
