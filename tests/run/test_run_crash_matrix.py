@@ -247,7 +247,7 @@ def cells(
     make_bench: Callable[[Path], Any],
 ) -> Iterator[dict[tuple[str, str, str], Future[None]]]:
     """Return the future result of every cell that is to be tried, all begun."""
-    wanted = [item.callspec.params["cell"] for item in request.session.items if item.fspath == request.node.fspath]
+    wanted = [item.callspec.params["cell"] for item in request.session.items if item.path == request.node.path]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DFMPC_ALLOW_CODE", str(project / "tests" / "networks"))
         bench = make_bench(tmp_path_factory.mktemp("matrix"))
