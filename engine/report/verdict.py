@@ -117,7 +117,7 @@ def headline(found: Totals, rest: Mapping[str, Sequence[str]]) -> tuple[str, str
     if not found.tasks:
         return "warn", text or "nothing has run yet"
     mood = "bad" if failed or closed else "warn" if text else "good"
-    return mood, text or f"all {counted(found.tasks, 'task')} done"
+    return mood, text or f"{'all ' if found.tasks > 1 else ''}{counted(found.tasks, 'task')} done"
 
 
 def duration(seconds: float | None) -> str:

@@ -313,3 +313,15 @@ def test_two_hundred_tasks_of_sixty_layers_stay_small_and_quick(browser, tmp_pat
     assert len(order(browser)) == 200
     assert browser.run("return performance.getEntriesByType('navigation')[0].domComplete") < 10_000  # milliseconds
     assert browser.draw_everything() == 50 + 50
+
+
+def test_layers_called_by_numbers_keep_their_order(browser, tmp_path: Path):
+    row = model_row("net", "rtn4")
+    layers = layer_rows(row, ["5", "3", "10"])  # the worst first; as keys of an object they would be sorted
+    found = {"net": ModelHistograms(dict.fromkeys(("5", "3", "10"), COUNTED))}
+    file = tmp_path / "report.html"
+    file.write_text(to_html(FACTS, [row], layers, found), encoding="utf-8")
+    browser.open(file)
+    browser.draw_everything()
+    assert browser.texts(".histograms figcaption b") == ["5", "3", "10"]
+    assert browser.texts("#shown") == ["1 task, worst first until sorted"]

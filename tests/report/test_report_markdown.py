@@ -71,7 +71,7 @@ def test_names_are_no_markup():
     text = to_markdown(RunFacts("``r`", name), [row(name)])
     assert plain(name) == r"a\|b \# \<img src=x\> \[x\]\(http://y\) \`c\` \@all \*d\*"
     assert f"| {plain(name)}/p | done |" in text
-    assert text.startswith(f"## ✅ {plain(name)}: all 1 task done\n")
+    assert text.startswith(f"## ✅ {plain(name)}: 1 task done\n")
     assert text.endswith("Run: ``` ``r` ```\n")
 
 
@@ -82,6 +82,7 @@ def test_a_run_without_rows():
 
 def test_the_worst_first():
     assert [one.model for one in worst_first(ROWS)] == ["gone", "bad", "fine", "bare"]
+    assert headline(totals([row("a"), row("b")]), {}) == ("good", "all 2 tasks done")
     assert headline(totals([row("a", gate="warn")]), {}) == ("warn", "1 gate warned")
 
 

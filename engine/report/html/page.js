@@ -56,7 +56,8 @@
       line.hidden = !(kinds && words.every((word) => line.dataset.text.includes(word)));
       count += !line.hidden;
     }
-    shown.textContent = count === lines.length ? `${count} tasks, worst first until sorted` : `${count} of ${lines.length} tasks`;
+    const noun = lines.length === 1 ? "task" : "tasks";
+    shown.textContent = count === lines.length ? `${count} ${noun}, worst first until sorted` : `${count} of ${lines.length} ${noun}`;
   };
   find.addEventListener("input", filter);
   for (const chip of chips) chip.addEventListener("click", () => {

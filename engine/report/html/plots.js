@@ -144,7 +144,7 @@
     }
     for (const plot of box.querySelectorAll(".plot")) { views.get(plot)?.finalize(); views.delete(plot); }
     box.replaceChildren();
-    return Object.keys(model.histograms).map((name) => histogram(box, model, name, select.value));
+    return model.worst.filter((name) => name in model.histograms).map((name) => histogram(box, model, name, select.value));
   };
 
   // ---- what is drawn when: each drawing once it is near the view, and anew where theme or width changed

@@ -53,7 +53,7 @@ def _pareto() -> Json:
         "type": "quantitative",
         "title": None,
         "scale": {"zero": False, "nice": True, "padding": 18},
-        "axis": {"tickCount": 4, "grid": False},
+        "axis": {"tickCount": 4, "grid": False, "format": ".3~g"},
     }
     y = {
         "field": "y",
