@@ -84,7 +84,7 @@ class RayCluster:
         return "cuda" if gpus else "cpu"
 
     def open(self, environment: Mapping[str, str], proof: Path) -> None:
-        """Ask every node what it is like, in processes with ``environment``.
+        """Ask every node what it is like; from here on orders run in processes with ``environment``.
 
         Raises UsageError where one does not see ``proof`` or has another dfmpc.
         """
@@ -187,7 +187,6 @@ class RayCluster:
         asked = self._ray.remote(describe_node).options(
             num_cpus=0,
             max_retries=2,
-            runtime_env={"env_vars": self._environment},
             scheduling_strategy=self._on(node.id, soft=False),
         )
         try:
