@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -65,6 +66,11 @@ _PASSING = {
 }
 """What a file system may say today and not tomorrow."""
 _NO_HOST_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+_NO_DEVICE_MEMORY = re.compile(
+    r"\b(cuda|cublas|cudnn|cusolver|cusparse|cufft|hip|miopen|triton).*(out of memory|ALLOC_FAILED)",
+    re.IGNORECASE,
+)
+"""Within one line, as the libraries of a device say it; torch's own allocator raises OutOfMemoryError instead."""
 _STICKING = ("CUDA error", "Triton Error", "HIP error")
 
 
@@ -142,7 +148,7 @@ def classify(error: BaseException) -> Failure:
             return Failure.IO
         if isinstance(cause, MemoryError) or _says(cause, _NO_HOST_MEMORY) or _is_errno(cause, errno.ENOMEM):
             return Failure.HOST_OOM
-        if type(cause).__name__ == "OutOfMemoryError" or _says(cause, ("CUDA error: out of memory",)):
+        if type(cause).__name__ == "OutOfMemoryError" or _is_full_device(cause):
             return Failure.DEVICE_OOM
         if _says(cause, _STICKING):
             return Failure.POISONED
@@ -164,6 +170,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _says(error: BaseException, texts: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _is_full_device(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _NO_DEVICE_MEMORY.search(str(error)) is not None
 
 
 def _is_errno(error: BaseException, number: int) -> bool:

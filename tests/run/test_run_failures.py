@@ -102,6 +102,26 @@ EXAMPLES: dict[str, tuple[Callable[[], BaseException], Failure]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Triton Error [CUDA]: out of memory", Failure.DEVICE_OOM),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", Failure.DEVICE_OOM),
+        ("HIP error: out of memory\nHIP kernel errors might be reported later", Failure.DEVICE_OOM),
+        ("CUDA driver error: out of memory", Failure.DEVICE_OOM),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", Failure.DEVICE_OOM),
+        ("in a module:\nCUDNN_STATUS_ALLOC_FAILED", Failure.DEVICE_OOM),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", Failure.POISONED),
+        ("CUDA error: unspecified launch failure\nthe host is not out of memory", Failure.POISONED),
+        ("HIP error: invalid device function", Failure.POISONED),
+        ("the tokenizer is out of memory", Failure.BUG),
+        ("CUDA is not available", Failure.BUG),
+    ],
+)
+def test_a_library_of_a_device_says_in_its_own_words_that_memory_is_out(said: str, expected: Failure) -> None:
+    assert classify(RuntimeError(said)) is expected
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_exception_is_of_the_class_that_its_causes_say(name: str) -> None:
     make, expected = EXAMPLES[name]
