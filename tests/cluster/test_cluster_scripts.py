@@ -132,8 +132,7 @@ def test_a_manifest_is_an_indexed_job_whose_interruptions_do_not_count() -> None
     rules = {str(rule.get("onExitCodes", rule.get("onPodConditions"))): rule["action"] for rule in listed}
     codes = "{'containerName': 'dfmpc', 'operator': 'In', 'values': %s}"
     assert rules == {
-        codes % [2]: "FailJob",
-        codes % [1, 3]: "FailIndex",
+        codes % [1, 2, 3]: "FailIndex",
         codes % [75]: "Ignore",
         "[{'type': 'DisruptionTarget', 'status': 'True'}]": "Ignore",
     }

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import yaml
 
 from ... import __version__
-from ...errors import InterruptedRunError, JobFileError, UsageError
+from ...errors import InterruptedRunError, JobFileError, ModelError, UsageError
 from .options import MARGIN_S, Request, Volume, plain_name
 
 _NAME_LENGTH = 45
 """A pod's host name is the job's name and its index, in 63 characters."""
 _SCRATCH = "/dfmpc-scratch"
 _CONTAINER = "dfmpc"
-_FINISHED = [1, 3]
-"""Exit codes of a run that another try ends in the same way: a bug of ours, failed tasks."""
+_FINISHED = [1, JobFileError.exit_code, ModelError.exit_code]
+"""Exit codes that another try of the same part would most likely end with too: a bug, nothing could start, failed tasks.
+None of them ends the other parts: a pod may be the only one whose node lacks a mount."""
 
 Node = dict[str, object]
 
@@ -50,7 +51,6 @@ def _failure_rules() -> list[Node]:
         return {"action": action, "onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": codes}}
 
     return [
-        on_exit("FailJob", [JobFileError.exit_code]),
         on_exit("FailIndex", _FINISHED),
         on_exit("Ignore", [InterruptedRunError.exit_code]),
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
