@@ -15,7 +15,7 @@ _NAME_LENGTH = 45
 _SCRATCH = "/dfmpc-scratch"
 _CONTAINER = "dfmpc"
 _FINISHED = [1, JobFileError.exit_code, ModelError.exit_code]
-"""Exit codes that another try of the same part would most likely end with too: a bug, nothing could start, failed tasks.
+"""Exit codes that another try of the same part would mostly end with too: a bug, nothing could start, failed tasks.
 None of them ends the other parts: a pod may be the only one whose node lacks a mount."""
 
 Node = dict[str, object]
