@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 
 from ..messages import Message, ToWorker, WorkerSettings
@@ -118,7 +120,9 @@ def start_process(line: int, environment: dict[str, str]) -> subprocess.Popen[by
 
 def environment_of(settings: WorkerSettings) -> dict[str, str]:
     """Return the environment of a worker with ``settings``."""
-    environment = {_SPIN: "10000", _TRITON: triton_cache(), **os.environ}
+    environment = {_SPIN: "10000", **os.environ}
+    if _TRITON not in environment:
+        environment[_TRITON] = triton_cache()
     environment |= dict.fromkeys(_THREADS, str(settings.threads))
     if settings.visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = settings.visible
@@ -133,10 +137,23 @@ def thread_variables(threads: int) -> dict[str, str]:
 def triton_cache() -> str:
     """Return where compiled kernels are kept unless TRITON_CACHE_DIR says so: on a disk of this node, this user's own.
 
-    A home on a network file system would have every node lock and fetch the same small files.
+    A home on a network file system would have every node lock and fetch the same small files. What lies in the folder
+    is loaded and run, so one that somebody else made, or may write to, gives way to a new one of this process.
     """
     scratch = next((os.environ[name] for name in _SCRATCH if os.environ.get(name)), tempfile.gettempdir())
-    return os.path.join(scratch, f"dfmpc-triton-{os.getuid()}")
+    return _own_folder(os.path.join(scratch, f"dfmpc-triton-{os.getuid()}"))
+
+
+@cache
+def _own_folder(wanted: str) -> str:
+    try:
+        os.makedirs(wanted, mode=0o700, exist_ok=True)
+        found = os.lstat(wanted)
+    except OSError:
+        found = None
+    if found and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return wanted
+    return tempfile.mkdtemp(prefix="dfmpc-triton-")
 
 
 def describe_exit(code: int) -> str:
