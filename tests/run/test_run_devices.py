@@ -118,4 +118,12 @@ def test_workers_a_device_follow_the_cores(
     monkeypatch: pytest.MonkeyPatch, names: list[str], asked: str, per_device: int | None, threads: int, expected: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(devices, "core_limit", lambda: None)
     assert devices.workers_on(names, asked, per_device, threads) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(0.5, 1), (3.9, 3), (8.0, 8), (64.0, 8)])
+def test_a_quota_bounds_the_workers_as_cores_do(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(devices, "core_limit", lambda: quota)
+    assert devices.workers_on(["cpu"], "auto", None, 1) == expected

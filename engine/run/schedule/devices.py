@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import UsageError
+from .control_group import core_limit
 
 _NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -81,10 +82,17 @@ def workers_on(devices: Sequence[str], asked: str | Sequence[str], per_device: i
     """
     if per_device is not None:
         return per_device
-    cores = max(1, len(os.sched_getaffinity(0)) // threads) if hasattr(os, "sched_getaffinity") else 1
+    at_once = max(1, _cores() // threads)
     if devices[0].startswith("cuda"):
-        return max(1, min(4, cores // len(devices)))
-    return cores if asked == "auto" else 1
+        return max(1, min(4, at_once // len(devices)))
+    return at_once if asked == "auto" else 1
+
+
+def _cores() -> int:
+    """Return the whole cores that this process may use: those it may run on, within the quota of its control groups."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    quota = core_limit()
+    return usable if quota is None else min(usable, int(quota))
 
 
 def _mig_slices() -> list[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .board import Item
+from .control_group import memory_limit
 from .slots import Slot
 
-_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SHARE = 0.9
 """What part of the free memory may be promised."""
 
@@ -94,8 +94,8 @@ def _needs(slot: Slot, item: Item) -> tuple[float, float]:
 
 
 def available_host_bytes() -> float | None:
-    """Return the memory that may be promised on this host: nine tenths of what is free, within its control group."""
-    limits = [limit for limit in (_available(), _group_limit()) if limit is not None]
+    """Return the memory that may be promised on this host: nine tenths of what is free, within its control groups."""
+    limits = [limit for limit in (_available(), memory_limit()) if limit is not None]
     return _SHARE * min(limits) if limits else None
 
 
@@ -106,12 +106,3 @@ def _available() -> float | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     found = [line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")]
     return float(found[0]) * 1024 if found else None
-
-
-def _group_limit() -> float | None:
-    for file in _CGROUP:
-        try:
-            return float(file.read_text(encoding="ascii"))
-        except (OSError, ValueError):  # absent, or the word max
-            continue
-    return None
