@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -186,6 +186,12 @@ def fold_events(events: Iterable[Event]) -> dict[str, TaskState]:
     return states
 
 
+def _is_late(state: TaskState, event: Event) -> bool:
+    """Tell whether ``event`` is of somebody else's attempt at a task that is finished: two commands may share a run."""
+    finished = state.status in ("done", "reused")
+    return finished and event.attempt != state.attempt and event.kind is not Kind.TASK_FINISHED
+
+
 _STATUS = {
     Kind.TASK_STARTED: "running",
     Kind.ATTEMPT_FAILED: "waiting",
@@ -196,6 +202,8 @@ _STATUS = {
 
 
 def _after(state: TaskState, event: Event) -> TaskState:
+    if _is_late(state, event):
+        return replace(state, attempts=state.attempts + (event.kind is Kind.TASK_STARTED))
     return TaskState(
         status=event.status or _STATUS[event.kind],
         attempts=state.attempts + (event.kind is Kind.TASK_STARTED),

@@ -41,7 +41,8 @@ def bare_row(
 
 def failed(row: ModelRow, error: BaseException) -> ModelRow:
     """Return ``row`` as that of an attempt that ended with ``error``; what it says of the result so far stays."""
-    text = str(error) or "no message"
+    # a lone surrogate of a file's name has no place in UTF-8, hence none in Parquet
+    text = (str(error) or "no message").encode("utf-8", "backslashreplace").decode()
     return replace(
         row, status="failed", error_class=type(error).__name__, error=text, finished_at=datetime.now(UTC), gate=None
     )

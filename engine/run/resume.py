@@ -78,8 +78,8 @@ def _open_tasks(run: RunFolder, frozen: FrozenRun, states: Mapping[str, TaskStat
 
 
 def _is_settled(run: RunFolder, state: TaskState, row: ModelRow | None, retry_failed: bool) -> bool:
-    if state.status == "failed":
-        return not retry_failed
+    if state.status == "failed":  # without a row (the disk refused it) nobody would ever hear of it
+        return not retry_failed and row is not None
     if state.status not in ("done", "reused") or row is None or row.artifact is None:
         return False
     return (run.store.root / row.artifact / "manifest.json").is_file()

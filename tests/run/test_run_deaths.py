@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from dfmpc.errors import StorageError
 from dfmpc.job.loader import load_job
 from dfmpc.run.ledger import Kind, fold, read_events
+from dfmpc.run.schedule.roster import REST_S
 from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 from dfmpc.run.store import RunFolder
@@ -66,20 +69,43 @@ def test_a_model_beyond_the_memory_limit_is_not_started(bench: Any) -> None:
     assert {state.attempts for state in fold(RunFolder(summary.run)).values()} == {0}
 
 
-def test_where_no_worker_can_be_started_every_task_fails_and_the_run_ends(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
+def test_where_no_worker_can_be_started_the_run_stops_and_a_rerun_does_it_all(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tries = []
+
     def no_process(*_: object) -> None:
+        tries.append(time.monotonic())
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("dfmpc.run.schedule.slots.WorkerProcess", no_process)
-    summary = run_job(load_job(bench.job([bench.model("a"), bench.model("b")], PLANS)), RunOptions(progress=False))
-    assert summary.exit_code == 3
-    assert {row.task: row.error_class for row in summary.rows} == dict.fromkeys(
-        ("a/r4", "a/r8", "b/r4", "b/r8"), "WorkerDiedError"
+    job = bench.job([bench.model("a"), bench.model("b")], PLANS)
+    with monkeypatch.context() as patched:
+        patched.setattr("dfmpc.run.schedule.slots.WorkerProcess", no_process)
+        summary = run_job(load_job(job), RunOptions(progress=False, devices="cpu"))
+    assert (summary.exit_code, summary.rows) == (75, [])
+    assert summary.stopped.startswith("stopped, as nobody is left to work: no worker could be started on cpu")
+    gaps = [later - earlier for earlier, later in pairwise(tries)]
+    assert all(gap >= rest for gap, rest in zip(gaps, REST_S, strict=True)), (
+        "what keeps a worker from starting may pass"
     )
-    assert "no worker could be started on cpu" in str(summary.rows[0].error)
-    assert read_status(summary.run).finished
+    assert "4 tasks left" in capsys.readouterr().err
+
+    again = run_job(load_job(job), RunOptions(progress=False, devices="cpu"))
+    assert (again.run, again.exit_code, {row.status for row in again.rows}) == (summary.run, 0, {"done"})
+
+
+def test_a_failure_whose_row_the_disk_refused_is_open_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise StorageError("no space")
+
+    job = bench.job([bench.model("bad", "raises_a_bug"), bench.model("good")], PLANS[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr("dfmpc.run.schedule.tally.write_part", refused)
+        first = run_job(load_job(job), RunOptions(progress=False, devices="cpu"))
+    assert first.exit_code == 3
+    again = run_job(load_job(job), RunOptions(progress=False, devices="cpu"))
+    assert (again.run, again.exit_code) == (first.run, 3)
+    assert {row.task: row.status for row in again.rows} == {"bad/r4": "failed", "good/r4": "done"}
 
 
 def test_leftovers_that_cannot_be_removed_are_told_and_block_nothing(

@@ -56,6 +56,20 @@ def test_the_fold_follows_a_task_through_its_attempts(tmp_path: Path) -> None:
     assert len(list(run.ledger.iterdir())) == 3
 
 
+def test_a_finished_task_stays_finished_whatever_another_command_tries_at_it(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    _append(
+        run,
+        Event(Kind.TASK_STARTED, task="a/p", attempt="1"),
+        Event(Kind.TASK_STARTED, task="a/p", attempt="2"),
+        Event(Kind.TASK_FINISHED, task="a/p", attempt="1", status="done"),
+        Event(Kind.INTERRUPTED, task="a/p", attempt="2"),
+    )
+    assert (fold(run)["a/p"].status, fold(run)["a/p"].attempts) == ("done", 2)
+    _append(run, Event(Kind.TASK_FINISHED, task="a/p", attempt="3", status="reused"))
+    assert fold(run)["a/p"].status == "reused"
+
+
 @pytest.mark.parametrize("cut", [1, 10, 40])
 def test_a_torn_last_line_is_ignored_and_the_next_event_is_read(tmp_path: Path, cut: int) -> None:
     run = RunFolder(tmp_path)

@@ -14,14 +14,14 @@ from ..messages import Ready, Recall, Recalled, Started, TaskOutcome
 from .board import Asker, Board, Item
 from .deadline import Deadline
 from .interrupts import Interrupts
+from .process import Ended
 from .reserve import Promises
+from .roster import Roster
 from .slots import Slot
 from .tally import Tally
 
 EXIT_GRACE_S = 5.0
 """How long a worker whose line broke may take to end by itself, so that its exit code is known."""
-_FALSE_STARTS = 3
-"""How many workers in a row may end before their first word until the slot is given up."""
 _WORTH_S = 10.0
 """Seconds of work that must be left in another slot's group before a worker is started just to help with it."""
 _LONGEST_WAIT_S = 3600.0
@@ -56,8 +56,7 @@ class Dispatcher:
         self._slots, self._board, self._tally, self._promises = slots, board, tally, promises
         self._deadline, self._limits = deadline, limits
         self._observe = observe
-        self._usable = list(slots)
-        self._last_words = "no slot is usable"
+        self._roster = Roster(slots, tally.progress.note)
 
     def work(self, interrupts: Interrupts) -> str:
         """Do all that is on the board; return why some was left, in words, with the workers gone; empty if none was."""
@@ -65,31 +64,33 @@ class Dispatcher:
         try:
             while not reason and (self._board or self._busy()):
                 # one time for all: what is not yet due when it could be handed out must be waited for below
-                now, usable = time.monotonic(), len(self._usable)
+                now, usable = time.monotonic(), len(self._roster.usable)
                 self._hand_out(now)
                 if self._busy() or self._waiting_for_time(now):
                     self._show()
-                    self._await(interrupts, [self._board.wait_s(now), self._deadline.left_s()])
+                    self._await(
+                        interrupts, [self._board.wait_s(now), self._roster.rest_s(now), self._deadline.left_s()]
+                    )
                     self._enforce_limits()
                     reason = self._reason_to_end(interrupts)
-                elif len(self._usable) == usable:  # else what was refused to others may be theirs now
+                elif len(self._roster.usable) == usable:  # else what was refused to others may be theirs now
                     reason = self._nobody_left()
             if reason:
                 self._drain(interrupts, reason)
         finally:
             for slot in self._slots:
-                slot.drop_worker()
+                self._drop(slot)
         return reason if self._board else ""
 
     # handing out
 
     def _hand_out(self, now: float) -> None:
         """Give every idle slot a task, and then every busy one its next."""
-        for slot in list(self._usable):
-            while slot in self._usable and not slot.busy and self._give(slot, now):
+        for slot in self._slots:
+            while self._roster.can_work(slot, now) and not slot.busy and self._give(slot, now):
                 pass
-        for slot in list(self._usable):
-            while slot in self._usable and slot.busy and slot.hungry and self._give(slot, now):
+        for slot in self._slots:
+            while self._roster.can_work(slot, now) and slot.busy and slot.hungry and self._give(slot, now):
                 pass
 
     def _give(self, slot: Slot, now: float) -> bool:
@@ -112,7 +113,7 @@ class Dispatcher:
         def may(item: Item) -> bool:
             if item.history.mode.alone and slot.busy:
                 return False
-            if slot.device in item.avoid and any(other.device not in item.avoid for other in self._usable):
+            if slot.device in item.avoid and any(other.device not in item.avoid for other in self._roster.usable):
                 return False
             if not self._deadline.allows(item.task.plan.name, item.bytes):
                 return False
@@ -181,16 +182,16 @@ class Dispatcher:
             return
         self._tally.take(item, outcome)
         if outcome.poisoned:
-            slot.drop_worker(EXIT_GRACE_S)
+            self._drop(slot, EXIT_GRACE_S)
             self._put_back_rest(slot)
-            self._cordon()
+            self._roster.cordon(self._tally.cordoned)
         self._promises.release(slot)
 
     # ends of workers
 
     def _bury(self, slot: Slot) -> None:
         was_ready, idle = slot.ready, not slot.busy
-        ended = slot.drop_worker(EXIT_GRACE_S)
+        ended = self._drop(slot, EXIT_GRACE_S)
         self._tally.record(Event(Kind.WORKER_DIED, device=slot.device, error=ended.how))
         if not was_ready:
             self._false_start(slot, f"the worker on {slot.device} {ended.how} before it said a word")
@@ -200,14 +201,17 @@ class Dispatcher:
 
     def _false_start(self, slot: Slot, why: str) -> None:
         """Put everything back; after some of these in a row the slot is given up."""
-        slot.drop_worker()
-        slot.false_starts += 1
+        self._drop(slot)
         self._put_back_rest(slot)
         self._promises.release(slot)
-        if slot.false_starts >= _FALSE_STARTS and slot in self._usable:
-            self._tally.progress.note(f"warning: {why}; slot {slot.number} is given up")
-            self._usable.remove(slot)
-            self._last_words = why
+        self._roster.false_start(slot, why, time.monotonic())
+
+    def _drop(self, slot: Slot, grace_s: float = 0.0) -> Ended:
+        """End the worker of ``slot``; one that cannot be ended keeps the slot for good."""
+        ended = slot.drop_worker(grace_s)
+        if ended.lives:
+            self._roster.give_up([slot], f"the worker on {slot.device} {ended.how}; slot {slot.number} is given up")
+        return ended
 
     def _lose(self, slot: Slot, failure: Failure, error: WorkerDiedError | TaskTimeoutError) -> None:
         """Charge what the worker was at; what it had not begun is free, and so are two of which one was to blame."""
@@ -234,18 +238,13 @@ class Dispatcher:
             late = deadline is not None and now >= deadline
             if not (silent or late) or slot.worker is None or slot.worker.has_word():
                 continue  # what has come meanwhile is heard first
-            slot.drop_worker()
+            self._drop(slot)
             if silent:
                 text = f"no sign of work for {silent_s:g} s (resources.stuck_after): the worker was killed"
                 self._lose(slot, Failure.STUCK, WorkerDiedError(text))
             else:
                 text = f"not finished after {limit_s:g} s (resources.task_timeout): raise it, or leave the task out"
                 self._lose(slot, Failure.TIMEOUT, TaskTimeoutError(text))
-
-    def _cordon(self) -> None:
-        for slot in [slot for slot in self._usable if slot.device in self._tally.cordoned]:
-            self._usable.remove(slot)
-            self._last_words = f"{slot.device} is cordoned: it failed under different tasks"
 
     # ends of the run
 
@@ -261,15 +260,15 @@ class Dispatcher:
 
     def _waiting_for_time(self, now: float) -> bool:
         """Tell whether something will be handed out later although nobody is at work now."""
-        return self._board.wait_s(now) is not None and bool(self._usable)
+        return self._roster.rest_s(now) is not None or (
+            self._board.wait_s(now) is not None and bool(self._roster.usable)
+        )
 
     def _nobody_left(self) -> str:
         """Nobody is at work and nothing can be handed out: too little time is left, or no slot is usable."""
-        if self._usable:
+        if self._roster.usable:
             return "stopped by --deadline: what is left would not end in time"
-        for item in self._board.withdraw(lambda _: True):
-            self._tally.fail(item.task, WorkerDiedError(f"{self._last_words}; nobody is left to do this task"))
-        return ""
+        return f"stopped, as nobody is left to work: {self._roster.last_words}"
 
     def _drain(self, interrupts: Interrupts, reason: str) -> None:
         """Call back what has not begun and give what has its time of grace; a second signal ends at once."""
@@ -286,7 +285,7 @@ class Dispatcher:
             self._await(interrupts, [end - time.monotonic()])
             self._enforce_limits()
         for slot in self._slots:
-            slot.drop_worker()
+            self._drop(slot)
             for item in list(slot.given):
                 started = slot.attempts.get(item.task.id)
                 if started is not None:

@@ -30,12 +30,18 @@ _TRITON = "TRITON_CACHE_DIR"
 _SCRATCH = ("SLURM_TMPDIR", "LOCAL_SCRATCH")
 
 
+DIE_S = 10.0
+"""How long a worker may take to end after SIGKILL until it is left behind."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a worker ended: its exit code (negative: the signal), None where it never began, and the same in words."""
 
     code: int | None
     how: str
+    lives: bool = False
+    """True for one that not even SIGKILL has ended: nothing is started in its place."""
 
 
 class WorkerProcess:
@@ -87,12 +93,16 @@ class WorkerProcess:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
-        code = self._process.wait()
+        try:
+            code = self._process.wait(DIE_S)
+        except subprocess.TimeoutExpired:  # asleep in a driver or a file system, where no signal reaches
+            code = None
         self._signal(signal.SIGKILL)  # what it started may outlive it
         self.connection.close()
         if self._sentinel is not None:
             os.close(self._sentinel)
-        return Ended(code, f"(process {self.pid}) {describe_exit(code)}")
+        how = f"did not die within {DIE_S:g} s of SIGKILL" if code is None else describe_exit(code)
+        return Ended(code, f"(process {self.pid}) {how}", lives=code is None)
 
     @property
     def pid(self) -> int:

@@ -35,6 +35,8 @@ class Slot:
     """Monotonic time of the last sign of work."""
     false_starts: int = 0
     """Workers in a row that ended before they said a word."""
+    resting_until: float = 0.0
+    """Monotonic time before which no worker is started."""
     model: str | None = None
     """Name of the model given last, which the worker has in memory or will have."""
 

@@ -113,9 +113,17 @@ class Tally:
         self._after_failure(item, failure, failed(row, self._with_log(item.task, error, started)))
 
     def finished_meanwhile(self, started: Started) -> bool:
-        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then."""
-        state = fold(self.run).get(started.task)
-        if state is None or not state.settled or state.attempt != started.attempt:
+        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then.
+
+        So it is where another command over the same run has finished it. A ledger that cannot be read tells nothing.
+        """
+        try:
+            state = fold(self.run).get(started.task)
+        except OSError:
+            return False
+        if state is None or not state.settled:
+            return False
+        if state.attempt != started.attempt and state.status == "failed":
             return False
         self.settled.add(started.task)
         self.progress.finished(started.task)
