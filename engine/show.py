@@ -40,7 +40,8 @@ def run_text(store: Path, ended: RunSummary) -> str:
     for task, lines in ended.log_tails.items():
         parts += [f"end of the log of {task}:", *(f"  {line}" for line in lines)] if lines else []
     parts += [f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"]
-    return "\n".join([*parts, *ending_lines(store, ended.rows, ended.published, ended.unpublished, ended.vanished)])
+    published = (ended.published, ended.unpublished, ended.vanished, ended.registered)
+    return "\n".join([*parts, *ending_lines(store, ended.rows, *published)])
 
 
 def run_json(store: Path, ended: RunSummary) -> str:
@@ -54,6 +55,7 @@ def run_json(store: Path, ended: RunSummary) -> str:
         stopped=ended.stopped,
         published=ended.published,
         unpublished=ended.unpublished,
+        registered=ended.registered,
         vanished=asdict(ended.vanished),
         log_tails=ended.log_tails,
         models=json.loads(to_json(ended.rows)),

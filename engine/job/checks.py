@@ -12,6 +12,8 @@ from ..errors import Problem, UsageError
 from .document import Document, FieldPath, path_text
 from .fields import Name
 from .methods import BitPlan
+from .mlflow_client import shown
+from .mlflow_source import mlflow_versions, task_name
 from .registry import path_names, registry_models
 from .schema import Evaluate, ModelSpec, Selector
 from .sources import model_sources, selected
@@ -84,25 +86,29 @@ class Checks:
                     path: FieldPath = ("models", index, "glob" if spec.glob else "name")
                     self._add(path, f"{name!r}{origin}", _once(first[name]))
                 first.setdefault(name, f"models[{index}]{origin}")
-        registries = [(index, spec) for index, spec in self.models if spec.registry is not None]
+        registries = [(index, spec) for index, spec in self.models if spec.registry or spec.mlflow]
         return [*first, *(name for index, spec in registries for name in self._registered(index, spec))]
 
     def _registered(self, index: int, spec: ModelSpec) -> list[str]:
         """Return the names in a registry. What is wrong with its models fails those alone, later."""
+        field, expected = "registry", "a folder tree with a dfmpc.yaml or a .pt2 file in it"
         try:
-            if self.document.data.get("include") or self.document.data.get("exclude"):
+            if spec.mlflow is not None:
+                field, expected = "mlflow", "models with versions to take"
+                names = [task_name(version.name) for version in mlflow_versions(spec.mlflow, self.folder)]
+            elif self.document.data.get("include") or self.document.data.get("exclude"):
                 names = [model.source.name for model in registry_models(spec, self.folder, None)]
             else:  # nobody asks for names by sidecars, which take their time to read
                 names = path_names(spec, self.folder)
-            expected = "" if names else "a folder tree with a dfmpc.yaml or a .pt2 file in it"
         except UsageError as error:
             names, expected = [], str(error)
-        if expected:
-            self._add(("models", index, "registry"), repr(spec.registry), expected)
+        if not names:
+            seen = repr(spec.registry) if spec.mlflow is None else shown(spec.mlflow.uri)
+            self._add(("models", index, field), seen, expected)
         return names
 
     def _named(self, index: int, spec: ModelSpec) -> Iterator[tuple[str, str]]:
-        if spec.registry is not None:
+        if spec.registry is not None or spec.mlflow is not None:
             return
         field = "glob" if spec.glob is not None else "program"
         sources = model_sources(spec, self.folder, None)

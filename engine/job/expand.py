@@ -12,6 +12,7 @@ from .fields import Strict
 from .gates import Gates, effective_gates
 from .loader import LoadedJob
 from .methods import BitPlan
+from .mlflow_source import mlflow_models
 from .registry import registry_models
 from .schema import LayerRule
 from .sources import JobModel, ModelSource, model_sources, selected
@@ -61,9 +62,12 @@ def _registered_models(loaded: LoadedJob, taken: Sequence[str]) -> list[JobModel
     """Return the models of the registries; one whose name is taken says so instead of stopping the job."""
     found: dict[str, JobModel] = {name: JobModel(ModelSource(name=name)) for name in taken}
     plans = [plan.name for plan in loaded.job.bit_plans]
-    for spec in loaded.job.models:
-        for model in registry_models(spec, loaded.folder, loaded.job.evaluate, plans, found) if spec.registry else ():
-            found[model.source.name] = model
+    for entry, spec in enumerate(loaded.job.models):
+        if spec.registry is not None:
+            models = registry_models(spec, loaded.folder, loaded.job.evaluate, plans, found)
+        else:
+            models = mlflow_models(spec, entry, loaded.folder, loaded.store, loaded.job.evaluate, plans, found)
+        found |= {model.source.name: model for model in models}
     return list(found.values())[len(taken) :]
 
 

@@ -74,21 +74,40 @@ def registry_models(
     found: dict[str, JobModel] = {}
     for place in walk(root):
         for name, program in names_of(place, root):
-            model = _model(root, place, name, program, effective_preprocess(spec.preprocess, evaluate))
-            model = _named(_with_plans(model, plans), name, taken, found)
-            found[model.source.name] = _with_gates(model, spec)
+            model = model_of(root, place, name, program, effective_preprocess(spec.preprocess, evaluate))
+            model = entered(model, name, spec, plans, taken, found)
+            found[model.source.name] = model
     return list(found.values())
+
+
+def entered(
+    model: JobModel,
+    name: str,
+    spec: ModelSpec,
+    plans: Sequence[str] | None,
+    taken: Container[str],
+    found: Mapping[str, JobModel],
+) -> JobModel:
+    """Return ``model`` as one of ``found``: with a name that neither these nor ``taken`` have, and the entry's gates.
+
+    ``name`` is the one that its registry gives it.
+    """
+    return _with_gates(_named(_with_plans(model, plans), name, taken, found), spec)
 
 
 def _with_gates(model: JobModel, spec: ModelSpec) -> JobModel:
     return replace(model, gates=(spec.gates, *model.gates)) if spec.gates is not None else model
 
 
-def _model(root: Path, place: ModelFolder, name: str, program: str, below: Preprocess | None) -> JobModel:
+def model_of(root: Path, place: ModelFolder, name: str, program: str, below: Preprocess | None) -> JobModel:
+    """Return the model of a folder below ``root`` under ``name``, or under its sidecar's, with what is wrong with it.
+
+    ``program`` is its one .pt2 file, empty where it has none; ``below`` the job's preprocessing.
+    """
     folder = root.joinpath(*place.parts)
     if not _is_text(f"{folder}{program}"):
         problem = f"the path {str(folder / program)!a} is not UTF-8: rename it"
-        return JobModel(ModelSource(name=_safe(name), problem=problem))
+        return JobModel(ModelSource(name=safe_name(name), problem=problem))
     if place.problem:
         return JobModel(ModelSource(name=name, problem=place.problem))
     if not place.sidecar:
@@ -180,13 +199,13 @@ def _named(model: JobModel, path_name: str, taken: Container[str], found: Mappin
     else:
         if name not in taken and name not in found:
             return model
-    base = _safe(path_name)
+    base = safe_name(path_name)
     free = (f"{base}+{number}" if number > 1 else base for number in itertools.count(1))
     unused = next(one for one in free if one not in taken and one not in found)
     return replace(model, source=ModelSource(name=unused, problem=model.source.problem or problem))
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """Return a name made of ``name``: other characters become ``-``, and a digest keeps such names apart."""
     plain = re.sub(r"[^A-Za-z0-9_+-]+", "-", name.replace("..", "--"))[:_LONGEST]
     if plain == name:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from .fields import Bits, Granularity, Name, Strict
 from .gates import Gates
 from .methods import BitPlan
+from .mlflow_fields import MlflowModels
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|B)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)")
@@ -144,8 +145,12 @@ class ModelFields(Strict):
             raise ValueError(f"expected no {', '.join(extra)} without a factory")
 
 
+_MANY = {"glob": "their paths", "registry": "their paths", "mlflow": "their registry"}
+_SOURCES = ("factory", "program", *_MANY)
+
+
 class ModelSpec(ModelFields):
-    """A model: a factory with a checkpoint, or a .pt2 program; or many: a glob of programs, or a registry."""
+    """A model: a factory with a checkpoint, or a .pt2 program; or many: a glob of programs, a registry, or MLflow's."""
 
     glob: Text | None = Field(
         None,
@@ -156,17 +161,18 @@ class ModelSpec(ModelFields):
         description="Folder tree of models with sidecars (dfmpc.yaml) or .pt2 programs, docs/nightly.md; one that "
         "cannot be used fails alone. Names are paths below it with '__'.",
     )
+    mlflow: MlflowModels | None = Field(
+        None, description="Models of an MLflow registry, by their names there, docs/nightly.md."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = [field for field in ("factory", "program", "glob", "registry") if getattr(self, field) is not None]
+        sources = [field for field in _SOURCES if getattr(self, field) is not None]
         if len(sources) != 1:
-            raise ValueError(
-                f"expected exactly one of factory, program, glob, registry; got {', '.join(sources) or 'none'}"
-            )
+            raise ValueError(f"expected exactly one of {', '.join(_SOURCES)}; got {', '.join(sources) or 'none'}")
         self.check_factory("name", "checkpoint", "input")
-        if self.name and (self.glob or self.registry):
-            raise ValueError(f"expected no name beside {sources[0]}: such models are named by their paths")
+        if self.name and sources[0] in _MANY:
+            raise ValueError(f"expected no name beside {sources[0]}: such models are named by {_MANY[sources[0]]}")
         return self
 
 

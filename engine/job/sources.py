@@ -16,6 +16,14 @@ from .gates import Gates
 from .schema import Evaluate, LayerRule, ModelSpec, Preprocess, Selector
 
 
+class Registered(Strict):
+    """The version of a registered MLflow model that a source was taken from."""
+
+    entry: int = Field(description="Index of the entry among the job's models.")
+    name: str = Field(description="Name of the registered model.")
+    version: str = Field(description="Number of the version.")
+
+
 class ModelSource(Strict):
     """A named source: a factory with a checkpoint, or a .pt2 program."""
 
@@ -32,6 +40,7 @@ class ModelSource(Strict):
     problem: str | None = Field(
         None, description="Why the model cannot be used, where its registry's entry is at fault: its tasks fail by it."
     )
+    registered: Registered | None = Field(None, description="Where it was taken from, of an MLflow registry.")
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,11 @@ class JobModel:
 def model_sources(spec: ModelSpec, folder: Path, evaluate: Evaluate | None) -> list[ModelSource]:
     """Return the models of one entry: one, or for a glob one a matching .pt2 file, sorted by path (maybe none).
 
-    A registry's are ``registry_models``' business.
+    A registry's are ``registry_models``' and ``mlflow_models``' business.
     Relative paths count from ``folder``. A model of a glob is named by its path relative to ``folder`` (leading ``..``
     dropped; for an absolute pattern relative to its part without wildcards), separators replaced by ``__``.
     """
-    if spec.registry is not None:
+    if spec.registry is not None or spec.mlflow is not None:
         return []
     preprocess = effective_preprocess(spec.preprocess, evaluate)
     if spec.glob is not None:

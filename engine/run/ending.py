@@ -14,12 +14,19 @@ _SHOWN = 8
 
 
 def ending_lines(
-    store: Path, rows: Sequence[ModelRow], published: Sequence[str], unpublished: str, vanished: Vanished
+    store: Path,
+    rows: Sequence[ModelRow],
+    published: Sequence[str],
+    unpublished: str,
+    vanished: Vanished,
+    registered: Sequence[str] = (),
 ) -> list[str]:
-    """Return a line on the pointers of ``store`` and, where there is cause, on closed gates and vanished models."""
+    """Return a line on the pointers of ``store`` and, where there is cause, on gates, MLflow and vanished models."""
     held = [row.task for row in rows if row.gate == "fail"]
     moved = f"{counted(len(published), 'pointer')} moved"
     lines = [f"latest:    {Store(store).latest} ({moved}{f', {len(held)} held back by gates' if held else ''})"]
+    if registered:
+        lines.append(f"mlflow:    {counted(len(registered), 'version')} registered: {_few(registered)}")
     if unpublished:
         lines.append(f"not published: {unpublished}")
     if vanished.models:

@@ -6,9 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 from ..artifact.attempts import sweep
 from ..errors import HostMemoryError, InterruptedRunError, StorageError
@@ -27,6 +25,7 @@ from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
 from .observe import MetricsFile
 from .preflight import disk_preflight
+from .publish import Published, publish_versions
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
 from .schedule.board import Board, Item
@@ -38,70 +37,21 @@ from .schedule.progress import Progress
 from .schedule.reserve import Promises, available_host_bytes
 from .schedule.slots import make_slots
 from .schedule.tally import Rules, Tally
-from .shards import Shard, array_note, models_of
+from .shards import array_note, models_of
 from .sizes import predicted_device_bytes, predicted_host_bytes
 from .store import FrozenRun, Store, freeze
+from .summary import RunOptions, RunSummary
 from .vanished import Vanished, note_vanished
 
+__all__ = ["RunOptions", "RunSummary", "exit_code_of", "run_job"]
+
 _GIB = 2**30
+_DEFAULTS = RunOptions()
 FAILED = 3
 """Exit code of a run with failed tasks or a closed gate."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What a command line adds to a job file."""
-
-    only: str | None = None
-    """fnmatch pattern over task ids (MODEL/PLAN)."""
-    retry_failed: bool = False
-    devices: str | None = None
-    """Replaces resources.devices: auto, cpu, cuda or names separated by commas."""
-    allow_code: tuple[str, ...] = ()
-    """Module prefixes or folders added to the allow-list of factories."""
-    progress: bool = True
-    explain: bool = False
-    """Collect why tasks were not reused."""
-    shard: Shard | None = None
-    """Do this part of the list only."""
-    grace_s: float = 20.0
-    """Seconds that tasks at work may go on after a signal or before the deadline."""
-    deadline: str | None = None
-    """When the run has to be over: a duration, a time, or auto (the end of the Slurm job)."""
-    executor: Literal["local", "ray"] = "local"
-    """Who runs the tasks: processes of this machine, or a Ray cluster."""
-    ray_address: str = "auto"
-    """HOST:PORT of the Ray cluster's head, or auto: the one that this machine is a node of."""
-    preflight: bool = True
-    """Refuse to start where the artifacts may not fit on the disk."""
-    metrics: Path | None = None
-    """A file for Prometheus's textfile collector."""
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended. ``exit_code``: 0 all done or reused, 3 failed tasks or a closed gate, 75 interrupted."""
-
-    run: Path
-    rows: list[ModelRow]
-    exit_code: int
-    explanations: list[str] = field(default_factory=list)
-    resumed: bool = False
-    unmatched: list[str] = field(default_factory=list)
-    """The layer rules that match no layer, a sentence each; they were said on stderr too."""
-    log_tails: dict[str, list[str]] = field(default_factory=dict)
-    """The last lines of the logs of the tasks that failed now, by task id."""
-    stopped: str = ""
-    """Why tasks are left, in words; empty where none is."""
-    published: list[str] = field(default_factory=list)
-    """Tasks whose ``latest`` pointer this command moved to what they left."""
-    unpublished: str = ""
-    """Why pointers could not be moved, which gives exit code 3; a closed gate is no such reason."""
-    vanished: Vanished = field(default_factory=Vanished)
-    """Models of the job's previous finished run that are gone."""
-
-
-def run_job(loaded: LoadedJob, options: RunOptions = RunOptions()) -> RunSummary:
+def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS) -> RunSummary:
     """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
 
     Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
@@ -159,7 +109,7 @@ class _Run:
         deadline: Deadline,
         ray: RayCluster | None,
     ) -> None:
-        self._ray = ray
+        self._loaded, self._ray = loaded, ray
         self._joined, self._frozen, self._options, self._deadline = joined, frozen, options, deadline
         self._resources, self._store = loaded.job.resources, joined.run.store
         self._rules = loaded.job.layers
@@ -208,7 +158,9 @@ class _Run:
         incomplete = bool(stopped) or any(task.id not in rows for task in self._frozen.tasks)
         exit_code = InterruptedRunError.exit_code if stopped else exit_code_of(ordered)
         self._publisher.settle(ordered)
-        exit_code = exit_code or (FAILED if self._publisher.problem else 0)
+        made = Published([]) if stopped else publish_versions(self._loaded, self._store, joined.tasks, ordered)
+        problem = "; ".join(text for text in (self._publisher.problem, made.problem) if text)
+        exit_code = exit_code or (FAILED if problem else 0)
         self._metrics.finish(tally, ordered, exit_code)
         return RunSummary(
             run=joined.run.path,
@@ -220,7 +172,8 @@ class _Run:
             log_tails=tally.log_tails,
             stopped=stopped,
             published=self._publisher.moved,
-            unpublished=self._publisher.problem,
+            unpublished=problem,
+            registered=made.versions,
             vanished=self._vanished,
         )
 

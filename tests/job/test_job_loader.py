@@ -132,8 +132,8 @@ def test_a_wrong_field_is_named(tmp_path: Path, text: str, line: int, field: str
 @pytest.mark.parametrize(
     ("model", "field", "expected"),
     [
-        ("{}", "models[0]", "exactly one of factory, program, glob, registry; got none"),
-        ("{program: a.pt2, glob: b}", "models[0]", "program, glob, registry; got program, glob"),
+        ("{}", "models[0]", "exactly one of factory, program, glob, registry, mlflow; got none"),
+        ("{program: a.pt2, glob: b}", "models[0]", "registry, mlflow; got program, glob"),
         ("{factory: 'a:b'}", "models[0]", "name, checkpoint, input beside factory"),
         ("{program: a.pt2, input: [1, 3]}", "models[0]", "no input without a factory"),
         ("{name: x, glob: '*.pt2'}", "models[0]", "no name beside glob"),
