@@ -12,7 +12,7 @@ from dfmpc.errors import UsageError
 from dfmpc.job.expand import Task, expand
 from dfmpc.job.loader import load_job
 from dfmpc.run.cluster.ray_connect import connected
-from dfmpc.run.cluster.ray_fleet import Fleet
+from dfmpc.run.cluster.ray_fleet import Fleet, Lane
 from dfmpc.run.cluster.ray_resources import Node, Wants, gpu_share, seats, wants_of
 from dfmpc.run.cluster.ray_task import Sign
 from dfmpc.run.failures import Mode
@@ -150,3 +150,13 @@ def test_without_ray_the_remedy_is_named_and_nothing_starts(bench: Any) -> None:
     assert "--executor ray needs Ray" in ended.stderr
     assert "pip install 'dfmpc[ray]'" in ended.stderr
     assert not Path(bench.store).exists()
+
+
+def test_a_stopped_command_counts_nothing_against_its_processes(task: Task) -> None:
+    fleet = Fleet(threads=1, on_gpu=False, lanes=[Lane(0), Lane(1)])
+    fleet.lanes[0].item = _item(task)
+    fleet.lanes[0].heard = fleet.lanes[1].heard = 10.0
+    fleet.excuse(0.5)
+    assert [lane.heard for lane in fleet.lanes] == [10.0, 10.0]
+    fleet.excuse(30.0)
+    assert [lane.heard for lane in fleet.lanes] == [40.0, 10.0]

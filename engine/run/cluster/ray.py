@@ -147,7 +147,9 @@ class RayDispatcher:
     def _await(self, interrupts: Interrupts, waits: list[float | None]) -> None:
         """Wait for an outcome, a sign, a signal, the next look at the nodes or the least of ``waits``, in seconds."""
         left = [*waits, self._tally.progress.wait_s, self._looked + _LOOK_S - time.monotonic()]
-        found = wait([self._cluster.fd, interrupts.fd], max(0.0, min(each for each in left if each is not None)))
+        began, wait_s = time.monotonic(), max(0.0, min(each for each in left if each is not None))
+        found = wait([self._cluster.fd, interrupts.fd], wait_s)
+        self._fleet.excuse(time.monotonic() - began - wait_s)
         if interrupts.fd in found:
             interrupts.clear()
         self._receive()
@@ -228,11 +230,7 @@ class RayDispatcher:
     def _nobody_left(self) -> str:
         if self._fleet.usable:
             return "stopped by --deadline: what is left would not end in time"
-        for item in self._board.withdraw(lambda _: True):
-            self._tally.fail(
-                item.task, WorkerDiedError("every node with a GPU has one that failed under different tasks")
-            )
-        return ""
+        return "stopped, as nobody is left to work: every node with a GPU has one that failed under different tasks"
 
     def _recall(self) -> None:
         """Withdraw what waits in Ray's queue; what has begun unheard is killed with its process."""
@@ -242,6 +240,7 @@ class RayDispatcher:
 
     def _withdraw(self, lane: Lane) -> None:
         self._cluster.cancel(lane.number)
+        self._losses.started(lane)  # an attempt that had begun unheard is nobody else's
         if lane.item is not None:
             self._board.put_back(lane.item)
         lane.clear()

@@ -96,6 +96,11 @@ class Fleet:
         """False where every node with a GPU has a cordoned one."""
         return not self.on_gpu or any(node.gpus > 0 and node.id not in self._bad() for node in self.nodes)
 
+    def excuse(self, late_s: float) -> None:
+        """Count nothing against the processes while this one was stopped: they may have been too."""
+        for lane in self.busy if late_s > 1 else ():
+            lane.heard, lane.since, lane.sent = lane.heard + late_s, lane.since + late_s, lane.sent + late_s
+
     def update(self, nodes: Sequence[Node], items: Sequence[Item]) -> set[str]:
         """Take note of the nodes that live now and of what waits; return the nodes that are gone."""
         gone = {node.id for node in self.nodes} - {node.id for node in nodes}
