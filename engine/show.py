@@ -39,9 +39,7 @@ def run_text(store: Path, ended: RunSummary) -> str:
         parts += ["why tasks were not reused:", *(f"  {line}" for line in ended.explanations)]
     for task, lines in ended.log_tails.items():
         parts += [f"end of the log of {task}:", *(f"  {line}" for line in lines)] if lines else []
-    parts += [f"artifacts: {store / 'artifacts'}", f"report:    {ended.run / 'report'}"]
-    published = (ended.published, ended.unpublished, ended.vanished, ended.registered)
-    return "\n".join([*parts, *ending_lines(store, ended.rows, *published)])
+    return "\n".join([*parts, *ending_lines(store, ended)])
 
 
 def run_json(store: Path, ended: RunSummary) -> str:
