@@ -225,7 +225,8 @@ class Attempt:
     def _commit(self, attempt: Path, target: Path) -> None:
         started = time.perf_counter()
         try:
-            commit(attempt, target)
+            with self.context.finisher.bringing(_size_of(attempt)):
+                commit(attempt, target)
         except Exception as error:  # noqa: BLE001 - it is this task's, whatever the worker is at by now
             self.made.refused = error
             append_traceback(self._log, error)
@@ -279,6 +280,10 @@ def _rate(made: _Made) -> float | None:
 def _device_failure(device: str, error: Exception) -> DeviceError:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DeviceError(f"{device} failed in mid-task: {said}; run again with --retry-failed, or on other --devices")
+
+
+def _size_of(attempt: Path) -> int:
+    return sum(file.stat().st_size for file in attempt.iterdir())
 
 
 def _discard_quietly(attempt: Path) -> None:

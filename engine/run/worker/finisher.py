@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ...errors import StorageError
@@ -26,6 +27,8 @@ _Ended = tuple[TaskOutcome, list[LayerRow]]
 _BATCH = 64
 _BATCH_S = 0.25
 """Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds."""
+_SLOW = 10e6
+"""Bytes a second of the slowest disk or server that is not taken for a dead one."""
 BROKEN = 71
 """Exit code of a worker whose finisher failed in a way that it should not."""
 
@@ -38,6 +41,7 @@ class Finisher:
         self._steps: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
         self._ended: list[_Ended] = []
         self._since = 0.0
+        self._writes_until = 0.0
         self._thread = threading.Thread(target=self._work, name="finisher", daemon=True)
         self._thread.start()
 
@@ -52,6 +56,20 @@ class Finisher:
         self._ended.append((outcome, layers))
         if outcome.row.status != "reused" or len(self._ended) >= _BATCH:
             self._flush()
+
+    @contextmanager
+    def bringing(self, size: int) -> Iterator[None]:
+        """Bring ``size`` bytes to the disk inside, which may take long and show no sign of it. Called by steps."""
+        self._writes_until = time.monotonic() + size / _SLOW
+        try:
+            yield
+        finally:
+            self._writes_until = 0.0
+
+    @property
+    def writes(self) -> bool:
+        """True while bytes are brought to the disk, for as long as a slow one would need for them."""
+        return time.monotonic() < self._writes_until
 
     def close(self) -> None:
         """Do what was brought, then end."""

@@ -15,12 +15,16 @@ _WORK_S = 0.001
 class Heartbeat:
     """Calls ``beat`` every period in which the main thread used its CPU or ``counter`` (bytes read) has moved.
 
-    A thread that sleeps, waits for a dead file system or holds a lock for ever does neither; an endless loop does, and
-    is what a task's time limit is for. Between tasks nobody asks.
+    So it does while ``writing`` says that a disk may still be taking what was written: nothing is seen of that from
+    here, so it has a bound of its own (``Finisher.writes``). A thread that sleeps, waits for a dead file system or
+    holds a lock for ever does neither; an endless loop does, and is what a task's time limit is for. Between tasks
+    nobody asks.
     """
 
-    def __init__(self, beat: Callable[[], None], counter: Callable[[], int]) -> None:
-        self._beat, self._counter = beat, counter
+    def __init__(
+        self, beat: Callable[[], None], counter: Callable[[], int], writing: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._beat, self._counter, self._writing = beat, counter, writing
         self._clock = _main_thread_clock()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -29,7 +33,7 @@ class Heartbeat:
         while True:
             time.sleep(PERIOD_S)
             now = self._signs()
-            if now[0] - last[0] >= _WORK_S or now[1] != last[1]:
+            if now[0] - last[0] >= _WORK_S or now[1] != last[1] or self._writing():
                 self._beat()
             last = now
 

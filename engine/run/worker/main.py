@@ -67,7 +67,7 @@ class Worker:
     def serve(self) -> None:
         """Return when the line is closed, or after an error that sticks to the process."""
         self._line.send(Ready())  # before a task arrives: what kills this process from there on is the task's
-        Heartbeat(lambda: self._line.send(Alive()), lambda: self._prefetcher.bytes_read)
+        Heartbeat(lambda: self._line.send(Alive()), lambda: self._prefetcher.bytes_read, lambda: self._finisher.writes)
         inbox = Inbox(self._line, arrived=self._arrived)
         while (order := inbox.next()) is not None:
             failure = self._attempt(order)
