@@ -14,7 +14,7 @@ _SHOWN = 8
 
 
 def ending_lines(store: Path, ended: RunSummary) -> list[str]:
-    """Return where artifacts, report and pointers are and, where there is cause, a line on MLflow and vanished models."""
+    """Return where artifacts, report and pointers are and, where there is cause, what of MLflow and vanished models."""
     vanished, registered = ended.vanished, ended.registered
     held = [row.task for row in ended.rows if row.gate == "fail"]
     moved = f"{counted(len(ended.published), 'pointer')} moved"
