@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import AllowCode, AsJson, JobFile, Only, Output, load
+
+if TYPE_CHECKING:
+    from ..run.summary import RunSummary
 
 
 class Executor(StrEnum):
@@ -82,11 +85,13 @@ def run(
         metrics=metrics,
     )
     loaded = load(job, output, allow_code)
-    summary = run_job(loaded, options)
-    if on_finish is not None:
-        run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)
-    print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary))
-    return summary.exit_code
+
+    def tell(summary: RunSummary) -> None:
+        print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary), flush=True)
+        if on_finish is not None:
+            run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)
+
+    return run_job(loaded, options, ended=tell).exit_code
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,9 @@ PERIOD_S = 5.0
 class MetricsFile:
     """Writes ``path`` at most every PERIOD_S seconds, and at the end; without a path nothing. Errors are told once."""
 
-    def __init__(self, path: Path | None, run: str, job: str, tasks: int) -> None:
+    def __init__(self, path: Path | None, run: str, job: str, tasks: int, before: Sequence[ModelRow] = ()) -> None:
+        """``before`` are the rows that a resumed run has already; ``tasks`` counts theirs too."""
+        self._before = before
         self._path, self._run, self._job, self._tasks = path, run, job, tasks
         self._started, self._due, self._told = datetime.now(UTC), 0.0, False
 
@@ -27,7 +29,7 @@ class MetricsFile:
         """Write how the run stands if it is time to."""
         if self._path is not None and time.monotonic() >= self._due:
             self._due = time.monotonic() + PERIOD_S
-            self._write(tally, tally.rows.values(), running, workers, None)
+            self._write(tally, [*self._before, *tally.rows.values()], running, workers, None)
 
     def finish(self, tally: Tally, rows: Iterable[ModelRow], exit_code: int) -> None:
         """Write how it ended."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from ..artifact.attempts import sweep
-from ..errors import HostMemoryError, InterruptedRunError, StorageError
+from ..errors import InterruptedRunError, StorageError, UsageError
 from ..job.expand import Task, choose, expand
 from ..job.loader import LoadedJob
 from ..report.compact import compact
@@ -28,17 +28,17 @@ from .preflight import disk_preflight
 from .publish import Published, publish_versions
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
-from .schedule.board import Board, Item
+from .schedule.board import Board
 from .schedule.deadline import Deadline, parse_deadline
 from .schedule.devices import device_slots, workers_on
 from .schedule.dispatch import Dispatcher, Limits
+from .schedule.intake import items_of, refuse_large
 from .schedule.interrupts import Interrupts
 from .schedule.progress import Progress
 from .schedule.reserve import Promises, available_host_bytes
 from .schedule.slots import make_slots
 from .schedule.tally import Rules, Tally
 from .shards import array_note, models_of
-from .sizes import predicted_device_bytes, predicted_host_bytes
 from .store import FrozenRun, Store, freeze
 from .summary import RunOptions, RunSummary
 from .vanished import Vanished, note_vanished
@@ -47,12 +47,15 @@ __all__ = ["RunOptions", "RunSummary", "exit_code_of", "run_job"]
 
 _GIB = 2**30
 _DEFAULTS = RunOptions()
+Ended = Callable[[RunSummary], None]
 FAILED = 3
 """Exit code of a run with failed tasks or a closed gate."""
 
 
-def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS) -> RunSummary:
+def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = lambda _: None) -> RunSummary:
     """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
+
+    ``ended`` gets the summary while signals are still caught: one that comes when all is done ends nothing.
 
     Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
     written, lacks what a store needs, or has no room. What fails later is in the rows.
@@ -60,10 +63,12 @@ def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS) -> RunSummary:
     tasks = choose(expand(loaded), options.only)
     with ExitStack() as stack:
         ray = stack.enter_context(connected(options.ray_address)) if options.executor == "ray" else None
-        return _run_tasks(loaded, tasks, options, ray)
+        return _run_tasks(loaded, tasks, options, ray, ended)
 
 
-def _run_tasks(loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None) -> RunSummary:
+def _run_tasks(
+    loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None, ended: Ended
+) -> RunSummary:
     resources = loaded.job.resources
     asked = options.devices or resources.devices
     devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
@@ -76,7 +81,9 @@ def _run_tasks(loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ra
     frozen = freeze(loaded, tasks)
     if options.shard is not None and not models_of(options.shard, frozen.bytes, frozen.bytes):
         # more shards than models: one that comes late must not begin the next run for nothing
-        return RunSummary(store.root, [], 0)
+        nothing = RunSummary(store.root, [], 0)
+        ended(nothing)
+        return nothing
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     if options.shard is not None:
         joined = joined.part(options.shard)
@@ -84,8 +91,9 @@ def _run_tasks(loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ra
         run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
         stopped = run.carry_out(devices, asked, interrupts)
         summary = run.summary(stopped)
-    for text in summary.unmatched:
-        print(f"dfmpc: warning: {text}", file=sys.stderr)
+        for text in summary.unmatched:
+            print(f"dfmpc: warning: {text}", file=sys.stderr)
+        ended(summary)
     return summary
 
 
@@ -116,11 +124,12 @@ class _Run:
         self._ledger = Ledger(joined.run)
         sizes = {task.id: joined.bytes.get(task.model.name, 0) for task in joined.open_tasks}
         self._progress = Progress(sizes, shown=options.progress)
-        self._board = Board(_items(joined.open_tasks, sizes))
+        self._board = Board(items_of(joined.open_tasks, sizes))
         rules = Rules(cpu_fallback=self._resources.cpu_fallback)
         self._tally = Tally(joined.run, self._board, self._ledger, self._progress, deadline, rules)
-        self._publisher, self._vanished = Publisher(self._store), Vanished()
-        self._metrics = MetricsFile(options.metrics, joined.run.run_id, frozen.job, len(joined.tasks))
+        self._publisher, self._vanished, self._unreadable = Publisher(self._store), Vanished(), ""
+        before = [row for row in self._rows().values() if row.task not in sizes]
+        self._metrics = MetricsFile(options.metrics, joined.run.run_id, frozen.job, len(joined.tasks), before)
 
     def carry_out(self, devices: Sequence[str], asked: str | Sequence[str], interrupts: Interrupts) -> str:
         """Do the open tasks; return why some are left, empty where none is."""
@@ -140,8 +149,8 @@ class _Run:
     def _finish(self) -> None:
         """Close the run, unless other shards are still at it."""
         run = self._joined.run
-        rows = {row.task for row in read_models(run.path)} | self._tally.rows.keys()
-        if any(task.id not in rows for task in self._frozen.tasks):
+        rows = self._rows()
+        if self._unreadable or any(task.id not in rows for task in self._frozen.tasks):
             return
         self._tally.record(Event(Kind.RUN_FINISHED))
         try:
@@ -149,17 +158,28 @@ class _Run:
         except StorageError as error:
             self._progress.note(f"warning: the report stays in parts: {error}")
 
+    def _rows(self) -> dict[str, ModelRow]:
+        """Return what the report has, and what is in memory because a full disk kept it out of it."""
+        try:
+            kept = read_models(self._joined.run.path)
+        except UsageError as error:
+            self._unreadable, kept = str(error), []
+        return {row.task: row for row in kept} | self._tally.rows
+
     def summary(self, stopped: str) -> RunSummary:
         """Return what came of this command's part of the list."""
         joined, tally = self._joined, self._tally
-        # a row that a full disk kept out of the report is still in memory
-        rows = {row.task: row for row in read_models(joined.run.path)} | tally.rows
+        rows = self._rows()
         ordered = [rows[task.id] for task in joined.tasks if task.id in rows]
+        if not (stopped or self._unreadable) and len(ordered) < len(joined.tasks):
+            stopped = (
+                f"{counted(len(joined.tasks) - len(ordered), 'task')} left no row; the same command does them again"
+            )
         incomplete = bool(stopped) or any(task.id not in rows for task in self._frozen.tasks)
         exit_code = InterruptedRunError.exit_code if stopped else exit_code_of(ordered)
         self._publisher.settle(ordered)
         made = Published([]) if stopped else publish_versions(self._loaded, self._store, joined.tasks, ordered)
-        problem = "; ".join(text for text in (self._publisher.problem, made.problem) if text)
+        problem = "; ".join(text for text in (self._unreadable, self._publisher.problem, made.problem) if text)
         exit_code = exit_code or (FAILED if problem else 0)
         self._metrics.finish(tally, ordered, exit_code)
         return RunSummary(
@@ -192,7 +212,7 @@ class _Run:
                 self._vanished = note_vanished(joined.run, self._frozen.job, models)
             except StorageError as error:
                 self._progress.note(f"warning: {error}")
-        _refuse_large(self._board, self._tally, self._resources.host_memory)
+        refuse_large(self._board, self._tally, self._resources.host_memory)
 
     def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher | RayDispatcher:
         resources, options = self._resources, self._options
@@ -225,23 +245,6 @@ class _Run:
     def _interrupted_text(self, stopped: str) -> str:
         left = counted(len(self._board), "task")
         return f"{stopped}; {left} left; what is finished is kept, the same command resumes {self._joined.run.path}"
-
-
-def _items(tasks: Sequence[Task], sizes: Mapping[str, int]) -> Iterator[Item]:
-    for task in tasks:
-        size = sizes[task.id]
-        yield Item(task, size, predicted_host_bytes(size, [task.plan]), predicted_device_bytes(size, [task.plan]))
-
-
-def _refuse_large(board: Board, tally: Tally, limit: float | None) -> None:
-    """Fail the tasks that would not fit into ``limit`` bytes of host memory even alone."""
-    for item in board.withdraw(lambda item: limit is not None and item.host_bytes > limit):
-        error = HostMemoryError(
-            f"{item.model} is predicted to need {item.host_bytes / _GIB:.2f} GiB of memory "
-            "(4 x checkpoint + 600 MB, 2 GB more for recipes that forward images), "
-            f"resources.host_memory is {(limit or 0) / _GIB:.2f} GiB: raise it, or leave the model out"
-        )
-        tally.fail(item.task, error)
 
 
 def exit_code_of(rows: Sequence[ModelRow]) -> int:
