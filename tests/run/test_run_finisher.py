@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from dfmpc.run.failures import Mode
 from dfmpc.run.ledger import Ledger
 from dfmpc.run.messages import Message, TaskOutcome, WorkerSettings
 from dfmpc.run.shared import SharedModel
-from dfmpc.run.store import Store, freeze
+from dfmpc.run.store import RunFolder, Store, freeze
 from dfmpc.run.worker import finisher
 from dfmpc.run.worker.attempt import Attempt, Context
 from dfmpc.run.worker.finisher import Finisher
@@ -31,8 +33,9 @@ class Attempted:
         (self._task,), store = expand(loaded), Store(loaded.store)
         store.prepare()
         self.run = start_run(store, freeze(loaded, [self._task])).run
+        self.ledger = Ledger(self.run)
         self._said: list[Message] = []
-        self.finisher = Finisher(self.run, Ledger(self.run), self._said.append)
+        self.finisher = Finisher(self.run, self.ledger, self._said.append)
         settings = WorkerSettings(self.run.path, "cpu", 1, (), None, loaded.job.gates, 0, 0)
         self._context = Context(settings, Ledger(self.run), self._said.append, self.finisher)
 
@@ -44,16 +47,17 @@ class Attempted:
         (outcome,) = (message for message in self._said if isinstance(message, TaskOutcome))
         return outcome
 
-    def log(self) -> str:
-        """Return the text of the attempt's log."""
-        row = self.outcome().row
-        return self.run.log_file(row.model, row.bit_plan, row.attempt).read_text()
+    def log_of(self, outcome: TaskOutcome) -> Path:
+        """Return the file of the attempt's log."""
+        row = outcome.row
+        return self.run.log_file(row.model, row.bit_plan, row.attempt)
 
 
-def test_the_bytes_say_how_long_a_disk_may_take(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_say_how_long_a_disk_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr(finisher, "time", SimpleNamespace(monotonic=lambda: now))
-    it = Finisher(bench.folder, bench.folder, lambda _: None)
+    run = RunFolder(tmp_path)
+    it = Finisher(run, Ledger(run), lambda _: None)
     assert not it.writes
     with it.bringing(int(20e9)):
         assert it.writes
@@ -80,3 +84,45 @@ def test_a_commit_is_such_a_time(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert it.outcome().row.status == "done"
     assert seen == [True]
     assert not it.finisher.writes
+
+
+@pytest.mark.parametrize("where", ["write_parts", "Ledger.append_all", "Attempt._commit"])
+def test_an_error_behind_a_worker_is_in_the_log_of_its_own_task(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], where: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise LookupError(f"from {where}")
+
+    it = Attempted(bench)
+    if where == "write_parts":
+        monkeypatch.setattr(finisher, "write_parts", fails)
+    elif where == "Ledger.append_all":
+        monkeypatch.setattr(it.ledger, "append_all", fails)
+    else:
+        monkeypatch.setattr("dfmpc.run.worker.attempt.commit", fails)
+    outcome = it.outcome()
+    assert (outcome.row.status, outcome.row.error_class) == ("failed", "LookupError")
+    text = it.log_of(outcome).read_text()
+    assert text.startswith("Traceback (most recent call last):")
+    assert text.count(f"LookupError: from {where}") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_step_that_raises_ends_the_worker_and_is_in_the_log_of_its_own_task(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from dfmpc.run.ledger import Ledger
+from dfmpc.run.store import RunFolder
+from dfmpc.run.worker.finisher import Finisher
+
+run = RunFolder(Path(sys.argv[1]))
+finisher = Finisher(run, Ledger(run), print)
+finisher.put(lambda: None, run.log_file("first", "p", "1"))
+finisher.put(lambda: 1 // 0, run.log_file("second", "p", "2"))
+finisher.close()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (finisher.BROKEN, "", "")
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.log")] == ["logs/second/p/2.log"]
+    assert "ZeroDivisionError" in (tmp_path / "logs/second/p/2.log").read_text()

@@ -99,7 +99,7 @@ class Attempt:
         ):
             self._in_log()
         made = self._measured()
-        self.context.finisher.put(lambda: self._end(made))
+        self.context.finisher.put(lambda: self._end(made), self._log)
         return made.failure
 
     @property
@@ -180,7 +180,7 @@ class Attempt:
             nonlocal handed
             if not handed:
                 handed = True
-                self.context.finisher.put(lambda: self._commit(attempt, target))
+                self.context.finisher.put(lambda: self._commit(attempt, target), self._log)
 
         try:
             self._evaluate(manifest, attempt, loaded=hand_over)

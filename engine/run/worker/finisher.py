@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from ...errors import StorageError
 from ...report.parts import write_parts
@@ -20,9 +19,11 @@ from ..ledger import Event, Kind, Ledger
 from ..messages import Message, TaskOutcome
 from ..outcome import failed
 from ..store import RunFolder
+from .attempt_log import append_traceback
 
 _AHEAD = 2
 """Steps that may wait: the commit of one task and its report. Whoever brings a third waits."""
+_Step = tuple[Callable[[], None], Path]
 _Ended = tuple[TaskOutcome, list[LayerRow]]
 _BATCH = 64
 _BATCH_S = 0.25
@@ -38,16 +39,16 @@ class Finisher:
 
     def __init__(self, run: RunFolder, ledger: Ledger, send: Callable[[Message], None]) -> None:
         self._run, self._ledger, self._send = run, ledger, send
-        self._steps: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
+        self._steps: queue.Queue[_Step | None] = queue.Queue(_AHEAD)
         self._ended: list[_Ended] = []
         self._since = 0.0
         self._writes_until = 0.0
         self._thread = threading.Thread(target=self._work, name="finisher", daemon=True)
         self._thread.start()
 
-    def put(self, step: Callable[[], None]) -> None:
-        """Have ``step`` done; it must not raise."""
-        self._steps.put(step)
+    def put(self, step: Callable[[], None], log: Path) -> None:
+        """Have ``step`` done; it must not raise. ``log`` is its attempt's: stderr is another's by then."""
+        self._steps.put((step, log))
 
     def report(self, outcome: TaskOutcome, layers: list[LayerRow]) -> None:
         """Keep an outcome and tell the scheduler: at once or, where it was reused, with others. Called by steps."""
@@ -77,16 +78,17 @@ class Finisher:
         self._thread.join()
 
     def _work(self) -> None:
+        log = self._run.path / "logs" / "finisher.log"
         try:
-            while (step := self._next()) is not None:
+            while (brought := self._next()) is not None:
+                step, log = brought
                 step()
             self._flush()
-        except BaseException:  # noqa: BLE001 - told and passed on as the end of the process
-            traceback.print_exc(file=sys.stderr)
-            sys.stderr.flush()
+        except BaseException as error:  # noqa: BLE001 - told and passed on as the end of the process
+            append_traceback(log, error)
             os._exit(BROKEN)  # the scheduler sees a crash; a silent thread would look like a hang
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> _Step | None:
         while True:
             try:
                 return self._steps.get(timeout=self._patience())
@@ -107,40 +109,34 @@ class Finisher:
             for each in ended:  # one of them cannot be kept, which is not the others' fault
                 self._keep_and_tell([each])
             return
-        outcomes = [outcome if problem is None else _unkept(outcome, problem) for outcome, _ in ended]
+        outcomes = [outcome if problem is None else self._unkept(outcome, problem) for outcome, _ in ended]
         problem = self._record([_event(outcome) for outcome in outcomes])
         for outcome in outcomes:
-            self._send(outcome if problem is None else _unkept(outcome, problem))
+            self._send(outcome if problem is None else self._unkept(outcome, problem))
 
     def _keep(self, rows: list[tuple[ModelRow, list[LayerRow]]]) -> Exception | None:
         try:
             if rows:
                 write_parts(self._run.path, rows)
         except Exception as error:  # noqa: BLE001 - it fails those tasks, not what the worker is at by now
-            return _said(error)
+            return error
         return None
 
     def _record(self, events: list[Event]) -> Exception | None:
         try:
             self._ledger.append_all(events)
         except Exception as error:  # noqa: BLE001 - the same
-            return _said(error)
+            return error
         return None
 
-
-def _said(error: Exception) -> Exception:
-    """Return ``error``, with its traceback on stderr where it is none of ours."""
-    if not isinstance(error, StorageError):
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
-    return error
-
-
-def _unkept(outcome: TaskOutcome, error: Exception) -> TaskOutcome:
-    """Return what the scheduler hears where the outcome could not be kept."""
-    if outcome.failure is not None:
-        return replace(outcome, problem=str(error))
-    return replace(outcome, row=failed(outcome.row, error), failure=classify(error), problem=str(error))
+    def _unkept(self, outcome: TaskOutcome, error: Exception) -> TaskOutcome:
+        """Return what the scheduler hears where the outcome could not be kept; a foreign error goes to the log too."""
+        row = outcome.row
+        if not isinstance(error, StorageError):
+            append_traceback(self._run.log_file(row.model, row.bit_plan, row.attempt), error)
+        if outcome.failure is not None:
+            return replace(outcome, problem=str(error))
+        return replace(outcome, row=failed(row, error), failure=classify(error), problem=str(error))
 
 
 def _event(outcome: TaskOutcome) -> Event:
