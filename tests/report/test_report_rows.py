@@ -11,7 +11,8 @@ string, error string, failure string, attempts int64, params int64, pairs int64,
 int64, ratio double, bits_per_weight double, top1_before double, top1_after double, top5_before double, top5_after
 double, agreement double, logit_sqnr_db double, measured_on string, images int64, gate string, gate_reason string,
 read_s double, compress_s double, write_s double, commit_s double, evaluate_s double, gb_per_s double,
-peak_host_bytes int64, peak_device_bytes int64, device string, numerics string, dfmpc_version string, torch_version string
+peak_host_bytes int64, peak_device_bytes int64, device string, numerics string, dfmpc_version string,
+torch_version string
 """
 LAYERS_V2 = """
 run string!, task string!, model string!, bit_plan string!, name string!, role string!, attempt string!,
