@@ -69,13 +69,19 @@ class Worker:
         self._line.send(Ready())  # before a task arrives: what kills this process from there on is the task's
         Heartbeat(lambda: self._line.send(Alive()), lambda: self._prefetcher.bytes_read, lambda: self._finisher.writes)
         inbox = Inbox(self._line, arrived=self._arrived)
+        try:
+            self._do_all(inbox)
+        finally:  # a device that is broken may refuse anything in between; what was done is kept and told all the same
+            self._finisher.close()
+            self._prefetcher.close()
+
+    def _do_all(self, inbox: Inbox) -> None:
         while (order := inbox.next()) is not None:
             failure = self._attempt(order)
             if failure is Failure.POISONED:
-                break
+                return
             if failure not in _LASTING:
                 self._forget()
-        self._finisher.close()
 
     def _arrived(self, order: RunTask) -> None:
         """Read ahead for a task of another model than the one at work. Called in the inbox's thread."""
@@ -88,7 +94,8 @@ class Worker:
             self._forget()
             self._held, self._shared = wanted, self._share(order)
         failure = Attempt(order.task, order.mode, self._context, self._shared).run()
-        self._announce_device()
+        if failure is None:
+            self._announce_device()
         return failure
 
     def _share(self, order: RunTask) -> SharedModel:
@@ -105,7 +112,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _announce_device(self) -> None:
-        """Say once, after the first task that computed on a GPU, how much memory it has."""
+        """Say once, after the first task that a GPU has done, how much memory it has."""
         torch = sys.modules.get("torch")
         if self._computing or torch is None or not torch.cuda.is_initialized():
             return

@@ -18,6 +18,13 @@ def allocator(device: str) -> Callable[[int], memoryview] | None:
 def _pinned(size: int) -> memoryview:
     torch = sys.modules.get("torch")
     if torch is None or size == 0 or not torch.cuda.is_initialized():
-        return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
-    # the allocator keeps freed blocks, so locking pages is paid once and not for every checkpoint
-    return memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+        return _ordinary(size)
+    try:
+        # the allocator keeps freed blocks, so locking pages is paid once and not for every checkpoint
+        return memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+    except RuntimeError:  # a limit on locked memory (ulimit -l, a container's), or none left to lock
+        return _ordinary(size)
+
+
+def _ordinary(size: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
