@@ -31,8 +31,6 @@ class WorkerSettings:
     """Threads that read and hash."""
     read_ahead: float = 2**30
     """Bytes of inputs that may be in memory, that of the model at work included, for the next one to be read ahead."""
-    warm: bool = False
-    """Compile the kernels before the first task, into the cache that the others then find."""
 
     @property
     def computes_on(self) -> str:

@@ -124,10 +124,6 @@ class SharedModel(ModelKeys):
         """Return the original network, in eval mode."""
         return self.model().module
 
-    def release(self) -> None:
-        """Let go of the files' content where the network is not loaded yet; it is read again if it is wanted."""
-        self._files = None
-
     def _digests(self) -> Sequence[FileDigest]:
         self._files = self._read(self._source)
         return self._files

@@ -149,7 +149,7 @@ def test_without_memory_ahead_it_is_read_when_it_is_taken(sources: list[ModelSou
     assert prefetcher.bytes_held == SIZE
 
 
-@pytest.mark.parametrize("how", ["drop", "want another", "close"])
+@pytest.mark.parametrize("how", ["want another", "close"])
 def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str) -> None:
     gate = Gate()
     prefetcher = Prefetcher(threads=1, limit_bytes=3 * SIZE, allocate=gate)
@@ -158,9 +158,6 @@ def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str
     assert prefetcher.bytes_held == SIZE
     if how == "want another":
         prefetcher.want(sources[1])
-    elif how == "drop":
-        prefetcher.drop(sources[1])
-        prefetcher.drop(sources[0])
     else:
         threading.Timer(0.01, gate.open.set).start()
         prefetcher.close()

@@ -95,16 +95,21 @@ def test_views_go_back_with_the_model(tmp_path: Path) -> None:
     assert reader.held == 0
 
 
-def test_released_bytes_are_read_again_and_must_be_the_same(tmp_path: Path) -> None:
+def test_after_an_attempt_that_ran_out_of_memory_the_files_are_read_again_and_must_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
     source, reader = save(tmp_path / "net.safetensors", 1.0), Reader()
-    shared = SharedModel(source, ALLOW, read=reader)
-    shared.inputs()
-    shared.release()
-    assert reader.held == 0
-    assert float(shared.model().state["weight"].sum()) == 12.0
-    changed = SharedModel(source, ALLOW, read=reader)
-    changed.inputs()
-    changed.release()
+    kept, changed = SharedModel(source, ALLOW, read=reader), SharedModel(source, ALLOW, read=reader)
+    with monkeypatch.context() as patch:
+        patch.setattr("dfmpc.models.load.load_model", fails)
+        for shared in (kept, changed):
+            with pytest.raises(MemoryError):
+                shared.model()
+    assert (len(reader.alive), reader.held) == (2, 0)
+    assert float(kept.model().state["weight"].sum()) == 12.0
     save(tmp_path / "net.safetensors", 2.0)
     with pytest.raises(CheckpointError, match="net: its files were changed after they were read: run it again"):
         changed.model()

@@ -87,12 +87,6 @@ class Prefetcher:
             raise ahead.error
         return self._read_now(source) if ahead.files is None else ahead.files
 
-    def drop(self, source: ModelSource) -> None:
-        """Forget ``source``, if it is wanted."""
-        with self._changed:
-            if self._ahead is not None and self._ahead.source == source:
-                self._cancel()
-
     def close(self) -> None:
         """End the reading ahead; nothing is wanted from here on."""
         with self._changed:
