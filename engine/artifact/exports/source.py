@@ -66,11 +66,11 @@ def _itemsize(dtype: str) -> int:
 
 
 def open_source(folder: Path, allow_code: Sequence[str] = ()) -> Source:
-    """Return the artifact ``folder``. Raises ArtifactError with everything that ``verify`` finds wrong with it."""
+    """Return the artifact ``folder``, or a pointer's. Raises ArtifactError with all that ``verify`` finds wrong."""
     result = verify(folder)
     if result.findings:
         raise ArtifactError("\n".join(f"{finding}; run the job again" for finding in result.findings))
-    return Source(folder, read_manifest(folder), tuple(allow_code))
+    return Source(result.path, read_manifest(result.path), tuple(allow_code))
 
 
 @dataclass(frozen=True)
