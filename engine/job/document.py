@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from yaml.composer import Composer
 
 from ..errors import JobFileError, Problem
 
@@ -39,8 +41,8 @@ class _TooLargeError(yaml.composer.ComposerError):
     """More aliases or levels than a job file needs."""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that gives up after ``MAX_ALIASES`` aliases and below ``MAX_DEPTH`` levels."""
+class _Bounded(Composer):
+    """Gives up after ``MAX_ALIASES`` aliases and below ``MAX_DEPTH`` levels."""
 
     aliases = depth = 0
 
@@ -56,8 +58,25 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _refuse(self, what: str) -> NoReturn:
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # bare in types-PyYAML
+        mark = self.peek_event().start_mark
         raise _TooLargeError(None, None, what, mark)
+
+
+class _Loader(_Bounded, yaml.SafeLoader):
+    """PyYAML's own parser, whose messages we quote."""
+
+
+_LOADERS: list[Any] = [_Loader]
+if yaml.__with_libyaml__:
+
+    class _FastLoader(_Bounded, yaml.CSafeLoader):
+        """libyaml parses in a tenth of the time; nodes are composed in Python, where they can be counted."""
+
+        def __init__(self, text: str) -> None:
+            Composer.__init__(self)
+            yaml.CSafeLoader.__init__(self, text)
+
+    _LOADERS.insert(0, _FastLoader)
 
 
 def path_text(path: FieldPath) -> str:
@@ -80,13 +99,17 @@ _JOB_FILE = FileKind()
 def parse(path: Path, kind: FileKind = _JOB_FILE) -> Document:
     """Read the YAML mapping in ``path``; JobFileError lists everything that keeps it from being one."""
     text = _text(path, kind)
+    *fast, last = _LOADERS
+    for loader in fast:
+        with suppress(yaml.YAMLError, ValueError, OverflowError):  # said below, by the parser whose words we know
+            return _document(path, loader(text), kind)
     try:
-        return _document(path, _Loader(text), kind)
+        return _document(path, last(text), kind)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise JobFileError(str(path), [_broken(error, kind)]) from error
 
 
-def _document(path: Path, loader: _Loader, kind: FileKind) -> Document:
+def _document(path: Path, loader: Any, kind: FileKind) -> Document:
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from ...artifact.commit import commit, discard, new_attempt
 from ...artifact.key import TaskKey
 from ...artifact.manifest import Manifest, inspect
-from ...errors import DeviceError, DfmpcError, StorageError
+from ...errors import DeviceError, StorageError
 from ...evaluate.cache import cached_scores
 from ...evaluate.settings import settings_for
 from ...job.expand import Task
@@ -26,7 +26,7 @@ from ..messages import Message, Started, TaskOutcome, WorkerSettings
 from ..outcome import bare_row, failed, judged, layer_rows, with_manifest, with_scores
 from ..shared import SharedModel
 from ..store import RunFolder, Store
-from .attempt_log import append_traceback, attempt_log, log_traceback
+from .attempt_log import append_traceback, attempt_log
 from .explain import why_not_reused
 from .finisher import Finisher
 from .memory import peak_bytes, peak_device_bytes, reset_peak
@@ -97,7 +97,7 @@ class Attempt:
         if self._recorded(
             Event(Kind.TASK_STARTED, task=self.task.id, attempt=self.id, device=self.made.row.device or "")
         ):
-            self._in_log()
+            self._guarded()
         made = self._measured()
         self.context.finisher.put(lambda: self._end(made), self._log)
         return made.failure
@@ -106,22 +106,12 @@ class Attempt:
     def _log(self) -> Path:
         return self.context.run.log_file(self.task.model.name, self.task.plan.name, self.id)
 
-    def _in_log(self) -> None:
-        try:
-            with attempt_log(self._log):
-                self._guarded()
-        except StorageError as error:
-            self._fail(error)
-
     def _guarded(self) -> None:
         reset_peak(self.device)
         try:
             self._do()
-        except DfmpcError as error:
-            log_traceback(error)
-            self._fail(error)
         except Exception as error:  # noqa: BLE001 - a bug in one task, or foreign code's error, must not stop a night's run
-            log_traceback(error)
+            append_traceback(self._log, error)
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -139,7 +129,8 @@ class Attempt:
             return
         made.explanation = why_not_reused(folder, key)
         made.problem = made.explanation if folder.exists() else ""
-        self._make(key, folder)
+        with attempt_log(self._log):
+            self._make(key, folder)
 
     def _reuse(self, manifest: Manifest, folder: Path) -> None:
         self._describe("reused", manifest, folder, folder)
@@ -208,17 +199,18 @@ class Attempt:
             from .make import evaluate  # noqa: PLC0415 - the same
 
             started = time.perf_counter()
-            scores = evaluate(
-                manifest,
-                folder,
-                self.shared,
-                wanted,
-                store=self.context.store.root,
-                worker=settings,
-                device=self.device,
-                divisor=self.mode.divisor,
-                loaded=loaded,
-            )
+            with attempt_log(self._log):
+                scores = evaluate(
+                    manifest,
+                    folder,
+                    self.shared,
+                    wanted,
+                    store=self.context.store.root,
+                    worker=settings,
+                    device=self.device,
+                    divisor=self.mode.divisor,
+                    loaded=loaded,
+                )
         self.made.evaluate_s = time.perf_counter() - started
         self.made.row = with_scores(self.made.row, scores)
 

@@ -16,6 +16,8 @@ from ...errors import StorageError
 def attempt_log(file: Path) -> Iterator[None]:
     """Send this process's stdout and stderr (file descriptors 1 and 2) to ``file``, appending, while entered.
 
+    Only what computes has something to say; a task that is reused leaves no log. Entering it twice does no harm.
+
     Raises StorageError where the log cannot be opened.
     """
     try:
@@ -37,17 +39,8 @@ def attempt_log(file: Path) -> Iterator[None]:
             os.close(old)
 
 
-def log_traceback(error: BaseException) -> None:
-    """Write ``error`` with its traceback to stderr, which is the attempt's log; a full disk loses it silently."""
-    try:
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
-    except OSError:
-        return
-
-
 def append_traceback(file: Path, error: BaseException) -> None:
-    """Append ``error`` with its traceback to the log ``file`` of an attempt that nobody is in any more."""
+    """Append ``error`` with its traceback to the log ``file`` of an attempt; a full disk loses it silently."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8", errors="replace") as log:
