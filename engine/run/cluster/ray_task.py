@@ -192,7 +192,8 @@ class _Bench:
         )
         self._shared: SharedModel | None = None
         self._held: tuple[ModelSource, Mode] | None = None
-        Heartbeat(voice.beat, lambda: self._prefetcher.bytes_read)
+        self._finisher: Finisher | None = None
+        Heartbeat(voice.beat, lambda: self._prefetcher.bytes_read, self._writes)
 
     def attempt(self, order: Order) -> TaskOutcome:
         """Make the attempt and wait until its outcome is kept."""
@@ -210,13 +211,16 @@ class _Bench:
         return ended[0]
 
     def _made(self, order: Order, send: Callable[[Message], None]) -> Failure | None:
-        finisher = Finisher(self._run, self._ledger, send)
+        self._finisher = finisher = Finisher(self._run, self._ledger, send)
         try:
             shared = self._share(order)
             return Attempt(order.task, order.mode, Context(self.settings, self._ledger, send, finisher), shared).run()
         finally:
             finisher.close()
             self._voice.end()
+
+    def _writes(self) -> bool:
+        return self._finisher is not None and self._finisher.writes
 
     def _share(self, order: Order) -> SharedModel:
         wanted = (order.task.model, order.mode)
