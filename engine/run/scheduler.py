@@ -61,14 +61,20 @@ def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = l
     written, lacks what a store needs, or has no room. What fails later is in the rows.
     """
     tasks = choose(expand(loaded), options.only)
-    with ExitStack() as stack:
-        ray = stack.enter_context(connected(options.ray_address)) if options.executor == "ray" else None
-        return _run_tasks(loaded, tasks, options, ray, ended)
+    with ExitStack() as signals:
+        with ExitStack() as cluster:  # while it is connected stdout is not ours
+            ray = cluster.enter_context(connected(options.ray_address)) if options.executor == "ray" else None
+            summary = _run_tasks(loaded, tasks, options, ray, signals)
+        for text in summary.unmatched:
+            print(f"dfmpc: warning: {text}", file=sys.stderr)
+        ended(summary)
+    return summary
 
 
 def _run_tasks(
-    loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None, ended: Ended
+    loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None, signals: ExitStack
 ) -> RunSummary:
+    """Do it; signals are caught from where the run exists, for as long as ``signals`` is open."""
     resources = loaded.job.resources
     asked = options.devices or resources.devices
     devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
@@ -81,20 +87,13 @@ def _run_tasks(
     frozen = freeze(loaded, tasks)
     if options.shard is not None and not models_of(options.shard, frozen.bytes, frozen.bytes):
         # more shards than models: one that comes late must not begin the next run for nothing
-        nothing = RunSummary(store.root, [], 0)
-        ended(nothing)
-        return nothing
+        return RunSummary(store.root, [], 0)
     joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     if options.shard is not None:
         joined = joined.part(options.shard)
-    with Interrupts() as interrupts:
-        run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
-        stopped = run.carry_out(devices, asked, interrupts)
-        summary = run.summary(stopped)
-        for text in summary.unmatched:
-            print(f"dfmpc: warning: {text}", file=sys.stderr)
-        ended(summary)
-    return summary
+    interrupts = signals.enter_context(Interrupts())
+    run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
+    return run.summary(run.carry_out(devices, asked, interrupts))
 
 
 def sweep_leftovers(store: Store, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,11 @@ def test_without_ray_the_remedy_is_named_and_nothing_starts(bench: Any) -> None:
 def test_a_stopped_command_counts_nothing_against_its_processes(task: Task) -> None:
     fleet = Fleet(threads=1, on_gpu=False, lanes=[Lane(0), Lane(1)])
     fleet.lanes[0].item = _item(task)
-    fleet.lanes[0].heard = fleet.lanes[1].heard = 10.0
+    fleet.lanes[0].since = 10.0
     fleet.excuse(0.5)
-    assert [lane.heard for lane in fleet.lanes] == [10.0, 10.0]
+    assert [(lane.since, lane.heard) for lane in fleet.lanes] == [(10.0, 0.0), (0.0, 0.0)]
+    before = time.monotonic()
     fleet.excuse(30.0)
-    assert [lane.heard for lane in fleet.lanes] == [40.0, 10.0]
+    assert fleet.lanes[0].since == 40.0
+    assert fleet.lanes[0].heard >= before, "silence begins anew"
+    assert fleet.lanes[1].heard == 0.0

@@ -99,7 +99,7 @@ class Fleet:
     def excuse(self, late_s: float) -> None:
         """Count nothing against the processes while this one was stopped: they may have been too."""
         for lane in self.busy if late_s > 1 else ():
-            lane.heard, lane.since, lane.sent = lane.heard + late_s, lane.since + late_s, lane.sent + late_s
+            lane.heard, lane.since, lane.sent = time.monotonic(), lane.since + late_s, lane.sent + late_s
 
     def update(self, nodes: Sequence[Node], items: Sequence[Item]) -> set[str]:
         """Take note of the nodes that live now and of what waits; return the nodes that are gone."""

@@ -154,10 +154,10 @@ class Dispatcher:
         return max(0.0, min([_LONGEST_WAIT_S, *(each for each in left if each is not None)]))
 
     def _excuse(self, late_s: float) -> None:
-        """Count nothing against the workers while this process was stopped: they may have been stopped too."""
+        """Count nothing against the workers while this process was stopped: they may have been. Silence begins anew."""
         if late_s > _LATE_S:
             for slot in self._slots:
-                slot.heard, slot.since = slot.heard + late_s, slot.since + late_s
+                slot.heard, slot.since = time.monotonic(), slot.since + late_s
 
     def _receive(self, slot: Slot) -> None:
         message = slot.worker.receive() if slot.worker else None
