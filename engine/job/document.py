@@ -45,6 +45,9 @@ class _Bounded(Composer):
     """Gives up after ``MAX_ALIASES`` aliases and below ``MAX_DEPTH`` levels."""
 
     aliases = depth = 0
+    check_event: Any
+    peek_event: Any
+    """The parser's, beside which this is inherited."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.aliases += self.check_event(yaml.AliasEvent)
