@@ -28,6 +28,9 @@ from .prefetch import Prefetcher
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 70
 """Exit code of a worker whose scheduler is gone."""
+_KEPT = 8
+_LARGE = 64 * 2**20
+"""Networks, or bytes of inputs still held, after which a worker lets go of what it keeps: that takes 30 ms."""
 _LASTING = frozenset({None, Failure.DATA, Failure.BUG})
 """After these what is known of the model stays: another attempt would find the same."""
 
@@ -62,6 +65,7 @@ class Worker:
         self._allow = AllowList.default(settings.allow_code)
         self._shared: SharedModel | None = None
         self._held: tuple[str, Mode] | None = None
+        self._kept = 0
         self._computing = False
 
     def serve(self) -> None:
@@ -107,7 +111,10 @@ class Worker:
         torch = sys.modules.get("torch")
         if torch is None:
             return
-        let_go()
+        self._kept += 1
+        if self._kept >= _KEPT or self._prefetcher.bytes_held >= _LARGE:
+            self._kept = 0
+            let_go()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
