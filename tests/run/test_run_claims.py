@@ -56,10 +56,13 @@ def _leftovers(folder: Path) -> list[str]:
     return [path.name for path in (folder / "store" / ".attempts").iterdir()]
 
 
-def _fail(run: RunFolder, *tasks: str) -> None:
+def _fail(run: RunFolder, *names: str) -> None:
+    """Leave what a failed task leaves: its event and its row."""
     ledger = Ledger(run)
-    for task in tasks or TASKS:
-        ledger.append(Event(Kind.TASK_FAILED, task=task, status="failed"))
+    for task in run.frozen().tasks:
+        if task.id in (names or TASKS):
+            write_part(run.path, bare_row(run, task, "failed", "a1", "cpu"), [], "a1")
+            ledger.append(Event(Kind.TASK_FAILED, task=task.id, attempt="a1", status="failed"))
     ledger.close()
 
 
