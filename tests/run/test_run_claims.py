@@ -18,7 +18,9 @@ from dfmpc.artifact.attempts import sweep
 from dfmpc.errors import StorageError, UsageError
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.report.parts import write_part
 from dfmpc.run.ledger import Event, Kind, Ledger
+from dfmpc.run.outcome import bare_row
 from dfmpc.run.resume import JoinedRun, create_or_join_run
 from dfmpc.run.store import RunFolder, Store, freeze
 
