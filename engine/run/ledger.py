@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -187,9 +187,9 @@ def fold_events(events: Iterable[Event]) -> dict[str, TaskState]:
 
 
 def _is_late(state: TaskState, event: Event) -> bool:
-    """Tell whether ``event`` is of somebody else's attempt at a task that is finished: two commands may share a run."""
+    """Tell whether ``event`` ends somebody else's attempt at a task that is finished: two commands may share a run."""
     finished = state.status in ("done", "reused")
-    return finished and event.attempt != state.attempt and event.kind is not Kind.TASK_FINISHED
+    return finished and event.attempt != state.attempt and event.kind in (Kind.INTERRUPTED, Kind.ATTEMPT_FAILED)
 
 
 _STATUS = {
@@ -203,7 +203,7 @@ _STATUS = {
 
 def _after(state: TaskState, event: Event) -> TaskState:
     if _is_late(state, event):
-        return replace(state, attempts=state.attempts + (event.kind is Kind.TASK_STARTED))
+        return state
     return TaskState(
         status=event.status or _STATUS[event.kind],
         attempts=state.attempts + (event.kind is Kind.TASK_STARTED),
