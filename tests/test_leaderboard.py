@@ -18,7 +18,7 @@ from dfmpc.job.loader import load_job
 from dfmpc.job.schema import Job
 from dfmpc.report.parts import write_part
 from dfmpc.report.rows import ModelRow
-from dfmpc.run.claims import start_run
+from dfmpc.run.claims import FIRST, start_run
 from dfmpc.run.outcome import bare_row, failed
 from dfmpc.run.store import RunFolder, Store, freeze
 
@@ -45,7 +45,9 @@ def new_run(bench: Any) -> RunFolder:
     loaded = load_job(bench.job([bench.model("net")], PLANS))
     store = Store(loaded.store)
     store.prepare()
-    return start_run(store, freeze(loaded, expand(loaded))).run
+    before = store.run_folders()
+    after = before[-1].run_id if before else FIRST
+    return start_run(store, freeze(loaded, expand(loaded)), after).run
 
 
 def finished(run: RunFolder, number: int, status: str) -> ModelRow:
