@@ -147,7 +147,7 @@ class Cell:
         ended = self.run(fault=f"worker/{point}={kind}@{marker}")
         assert ended.code == 0, ended.err
         assert marker.exists()
-        # what there was no memory for when it was read ahead is read again unheard; whether it was is a matter of moments
+        # what was read ahead without memory is read again, unheard; whether it was read ahead is a matter of moments
         assert "tried again" in ended.err or (point, kind) == ("after-read", "oom"), ended.err
         self.check_whole(ended.run)
 
