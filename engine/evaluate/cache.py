@@ -25,6 +25,8 @@ class Scores:
 
     agreement: float
     """Fraction of the images, 0-1, that both put into the same class."""
+    kl: float
+    """Nats: mean of KL(softmax of the original's logits || softmax of the compressed network's)."""
     logit_sqnr_db: float | None
     """dB; None where the logits are equal (infinite)."""
     images: int

@@ -18,6 +18,16 @@ def agreement(original: Tensor, compressed: Tensor) -> float:
     return float((original.argmax(dim=1) == compressed.argmax(dim=1)).double().mean())
 
 
+def kl_nats(original: Tensor, compressed: Tensor) -> float:
+    """Return the mean over rows of KL(softmax of ``original`` || softmax of ``compressed``) in nats, both [N, classes].
+
+    0 where every row's probabilities are equal; it has no upper end.
+    """
+    before, after = (scores.double().log_softmax(dim=1) for scores in (original, compressed))
+    divergence = float((before.exp() * (before - after)).sum(dim=1).mean())
+    return max(divergence, 0.0)  # rounding leaves -1e-17 of equal rows
+
+
 def logit_sqnr_db(original: Tensor, compressed: Tensor) -> float:
     """Return 10 log10(sum f^2 / sum (f - q)^2) in dB over two [N, classes] logits; inf where they are equal."""
     signal = float(original.double().square().sum())

@@ -59,6 +59,7 @@ def _compare(before: Tensor, after: Tensor, settings: EvaluationSettings, images
     sqnr = metrics.logit_sqnr_db(before, after)
     scores = Scores(
         agreement=metrics.agreement(before, after),
+        kl=metrics.kl_nats(before, after),
         logit_sqnr_db=sqnr if math.isfinite(sqnr) else None,
         images=settings.noise_count if images is None else len(images),
         measured_on="noise" if images is None else "images",

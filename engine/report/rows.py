@@ -60,6 +60,10 @@ class ModelRow:
     agreement: Annotated[
         float | None, Column("Fraction of the images that both networks put into the same class.", "0–1")
     ] = None
+    kl: Annotated[
+        float | None,
+        Column("Mean over the images of KL(softmax of the original's logits ‖ that of the compressed one's).", "nats"),
+    ] = None
     logit_sqnr_db: Annotated[
         float | None,
         Column("Power of the original logits over that of their change; null where nothing changed.", "dB"),

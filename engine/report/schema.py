@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..errors import UsageError
 from .rows import LayerRow, ModelRow, Row, columns_of
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Bumped when a column changes, goes or comes; a test holds the columns of each version."""
 
 _VERSION_KEY = b"dfmpc.schema_version"

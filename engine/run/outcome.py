@@ -87,6 +87,7 @@ def with_scores(row: ModelRow, scores: Scores) -> ModelRow:
         top5_before=scores.top5_before,
         top5_after=scores.top5_after,
         agreement=scores.agreement,
+        kl=scores.kl,
         logit_sqnr_db=scores.logit_sqnr_db,
         measured_on=scores.measured_on,
         images=scores.images,

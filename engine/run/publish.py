@@ -25,7 +25,7 @@ from .store import Store
 
 _TAGS = ("key", "method", "gate", "bits_per_weight", "ratio", "agreement", "measured_on", "dfmpc_version")
 _SIZES = ("bits_per_weight", "ratio", "bytes_before", "bytes_after", "compress_s")
-_METRICS = (*_SIZES, "top1_before", "top1_after", "top5_before", "top5_after", "agreement", "logit_sqnr_db")
+_METRICS = (*_SIZES, "top1_before", "top1_after", "top5_before", "top5_after", "agreement", "kl", "logit_sqnr_db")
 _RESERVED = re.compile(r"v\d+|latest", re.IGNORECASE)
 """Aliases that MLflow keeps for itself."""
 

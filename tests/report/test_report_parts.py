@@ -178,7 +178,7 @@ def test_a_missing_part_of_layers_is_named(tmp_path):
     assert str(lost) in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "said"), [(b"1", "version 1"), (None, "version none")])
+@pytest.mark.parametrize(("version", "said"), [(b"1", "version 1"), (b"2", "version 2"), (None, "version none")])
 def test_another_schema_version_is_refused_by_name(tmp_path, version, said):
     file = write_part(tmp_path, FULL_MODEL, [], "a1")
     metadata = {} if version is None else {b"dfmpc.schema_version": version}

@@ -103,6 +103,7 @@ _COLUMNS = (
     _numbers("Top-1 after", lambda row: row.top1_after, 2),
     _numbers("Loss", top1_drop, 2),
     _numbers("Agreement", lambda row: row.agreement, 3),
+    _numbers("KL, nats", lambda row: row.kl, 3),
     _numbers("Logit dB", lambda row: row.logit_sqnr_db, 1),
     _numbers("Time, s", task_seconds, 1),
 )
