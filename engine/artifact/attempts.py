@@ -26,16 +26,23 @@ def new_attempt(store_root: Path, key: str) -> Path:
     folder = store_root / ATTEMPTS / f"{key[:12]}-{uuid.uuid4().hex}"
     with storing(store_root):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_owner(folder)
-        folder.mkdir()
+        try:
+            _write_owner(folder)
+            folder.mkdir()
+        except OSError:
+            owner_file(folder).unlink(missing_ok=True)
+            raise
     return folder
 
 
 def _write_owner(folder: Path) -> None:
     final = owner_file(folder)
     draft = final.with_suffix(".tmp")
-    write_durably(draft, json.dumps(Owner.current().to_dict()).encode())
-    os.replace(draft, final)
+    try:
+        write_durably(draft, json.dumps(Owner.current().to_dict()).encode())
+        os.replace(draft, final)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def owner_file(folder: Path) -> Path:

@@ -45,8 +45,9 @@ def start_run(store: Store, frozen: FrozenRun, after: str = FIRST) -> StartedRun
     The folder appears complete or not at all. Raises UsageError where the file system has no hard links, StorageError
     where it cannot be written.
     """
-    draft = _draft(store, frozen)
+    draft = new_attempt(store.root, frozen.digest)
     try:
+        _fill(draft, store, frozen)
         for _ in range(_TRIES):
             started = _claim_and_make(store, frozen, draft, after)
             if isinstance(started, StartedRun):
@@ -59,15 +60,13 @@ def start_run(store: Store, frozen: FrozenRun, after: str = FIRST) -> StartedRun
     )
 
 
-def _draft(store: Store, frozen: FrozenRun) -> Path:
-    """Return a complete run's folder among the attempts, where it is swept if this process dies."""
-    draft = new_attempt(store.root, frozen.digest)
+def _fill(draft: Path, store: Store, frozen: FrozenRun) -> None:
+    """Make ``draft``, among the attempts where it is swept if this process dies, a complete run's folder."""
     with storing(store.runs):
         (draft / "ledger").mkdir()
         write_durably(draft / "tasks.json", (frozen.model_dump_json(indent=1) + "\n").encode())
         fsync_folder(draft)
         store.claims.mkdir(parents=True, exist_ok=True)
-    return draft
 
 
 def _claim_and_make(store: Store, frozen: FrozenRun, draft: Path, after: str) -> StartedRun | str:

@@ -157,6 +157,14 @@ def classify(error: BaseException) -> Failure:
     return Failure.DATA if isinstance(error, ModelError | DataError | UsageError | StorageError) else Failure.BUG
 
 
+def full_disk(error: BaseException) -> str:
+    """Return what the system said where a disk or a quota that is full is behind ``error``, else nothing."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cause.strerror or str(cause)
+    return ""
+
+
 def classify_exit(code: int) -> Failure:
     """Return the class of a worker's end by its exit code (negative: the signal). SIGKILL is mostly want of memory."""
     return Failure.HOST_OOM if code == -signal.SIGKILL else Failure.CRASH

@@ -33,15 +33,17 @@ def check_filesystem(store_root: Path) -> None:
 
 def _try_all(folder: Path, store_root: Path) -> None:
     for property_, holds in _PROPERTIES.items():
+        cause = None
         try:
-            reason = "" if holds(folder) else "it does not"
+            if holds(folder):
+                continue
         except OSError as error:
-            reason = error.strerror or str(error)
-        if reason:
-            raise UsageError(
-                f"output {store_root} is on {describe(store_root)}, which a store cannot use: {property_} ({reason}): "
-                "choose another --output, or mount it otherwise (docs/engine.md, What a file system must give)"
-            )
+            cause = error
+        reason = (cause.strerror or str(cause)) if cause else "it does not"
+        raise UsageError(
+            f"output {store_root} is on {describe(store_root)}, which a store cannot use: {property_} ({reason}): "
+            "choose another --output, or mount it otherwise (docs/engine.md, What a file system must give)"
+        ) from cause
 
 
 def _renames_folders(folder: Path) -> bool:

@@ -1,12 +1,14 @@
-"""Whether the disk has room for what a run is about to write."""
+"""Whether the disk has room for what a run is about to write, and what is said where it has none to begin with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..artifact.manifest import MANIFEST
-from ..errors import UsageError
+from ..errors import DfmpcError, InterruptedRunError, UsageError
 from ..job.expand import Task
+from .failures import full_disk
 from .predict import free_bytes, predicted_artifact_bytes
 from .store import Store
 
@@ -33,3 +35,22 @@ def disk_preflight(store: Store, open_tasks: Sequence[Task]) -> None:
 def _has_artifact(store: Store, task: Task) -> bool:
     folder = store.artifacts / task.model.name / task.plan.name
     return any(folder.glob(f"*/{MANIFEST}"))
+
+
+@contextmanager
+def starting(store: Store) -> Iterator[None]:
+    """Turn a start that a full disk or quota keeps from being written into InterruptedRunError: exit code 75.
+
+    So it ends as a run does whose disk fills up later, and who starts it again after that may do so here too. Nothing
+    is kept of such a start but a name that the next one uses.
+    """
+    try:
+        yield
+    except (DfmpcError, OSError) as error:
+        said = full_disk(error)
+        if not said:
+            raise
+        raise InterruptedRunError(
+            f"output {store.root}: no run can be started ({said}): free some space or choose another --output; "
+            "the same command starts or resumes it"
+        ) from error

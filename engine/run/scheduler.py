@@ -24,7 +24,7 @@ from .latest import Publisher
 from .ledger import Event, Kind, Ledger
 from .messages import WorkerSettings
 from .observe import MetricsFile
-from .preflight import disk_preflight
+from .preflight import disk_preflight, starting
 from .publish import Published, publish_versions
 from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
@@ -80,15 +80,16 @@ def _run_tasks(
     devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
     end = parse_deadline(options.deadline, os.environ)
     store = Store(loaded.store)
-    store.prepare()
-    check_filesystem(store.root)
-    if options.preflight:
-        disk_preflight(store, tasks)
-    frozen = freeze(loaded, tasks)
-    if options.shard is not None and not models_of(options.shard, frozen.bytes, frozen.bytes):
-        # more shards than models: one that comes late must not begin the next run for nothing
-        return RunSummary(store.root, [], 0)
-    joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
+    with starting(store):
+        store.prepare()
+        check_filesystem(store.root)
+        if options.preflight:
+            disk_preflight(store, tasks)
+        frozen = freeze(loaded, tasks)
+        if options.shard is not None and not models_of(options.shard, frozen.bytes, frozen.bytes):
+            # more shards than models: one that comes late must not begin the next run for nothing
+            return RunSummary(store.root, [], 0)
+        joined = create_or_join_run(store, frozen, retry_failed=options.retry_failed)
     if options.shard is not None:
         joined = joined.part(options.shard)
     interrupts = signals.enter_context(Interrupts())

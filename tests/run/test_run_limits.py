@@ -95,10 +95,11 @@ def test_a_task_at_work_at_the_deadline_has_its_grace_and_no_other_begins(bench:
     assert sorted(attempts(bench.store)) == ["b/r4", "slow/r4"]
 
 
-def fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+def fill(path: Path, *, but: int) -> None:
+    """Fill the disk of ``path`` up to ``but`` bytes."""
+    path.unlink(missing_ok=True)
+    free = os.statvfs(path.parent)
+    path.write_bytes(bytes(free.f_bavail * free.f_frsize - but))
 
 
 @pytest.fixture
@@ -122,9 +123,7 @@ def test_a_disk_that_fills_up_stops_the_run_until_it_has_grown(bench: Any, small
     command = start(job, store)
     wait_for(Path(f"{busy}.pid"))
     ballast = small_disk / "ballast"
-    with pytest.raises(OSError, match="No space left"):
-        fill(ballast)
-    os.truncate(ballast, ballast.stat().st_size - 8192)  # enough for a few lines of the ledger
+    fill(ballast, but=8192)  # enough for a few lines of the ledger
     busy.unlink()
     code, rows, err = end(command)
     assert code == 75, err
@@ -142,6 +141,23 @@ def test_a_disk_that_fills_up_stops_the_run_until_it_has_grown(bench: Any, small
     assert len(found) == 6
     assert [finding for artifact in found for finding in verify(artifact).findings] == []
     assert list(Store(store).attempts.iterdir()) == []
+
+
+def test_a_disk_that_is_too_full_to_start_a_run_is_told_once_and_may_be_tried_again(
+    bench: Any, small_disk: Path
+) -> None:
+    job, store = bench.job([bench.model("a")], PLANS[:1], resources={"devices": "cpu"}), small_disk / "store"
+    for pages in range(6):  # what the probes, the draft of the run, its list and its claim take one after another
+        fill(small_disk / "ballast", but=pages * 4096)
+        code, rows, err = end(start(job, store, "--no-preflight"))
+        assert (code, rows) == (75, {}), (pages, err)
+        (said,) = err.splitlines()
+        assert said.startswith(f"error: output {store}: no run can be started (No space left on device): free some")
+        assert list(small_disk.glob("store/.attempts/*")) == []
+    assert Store(store).run_folders() == []
+    (small_disk / "ballast").unlink()
+    assert end(start(job, store))[:2] == (0, {"a/r4": "done"})
+    assert len(Store(store).run_folders()) == 1
 
 
 def test_however_a_run_is_divided_its_artifacts_are_the_same(bench: Any) -> None:
