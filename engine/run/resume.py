@@ -46,7 +46,7 @@ def create_or_join_run(store: Store, frozen: FrozenRun, *, retry_failed: bool = 
     run are open only then. Raises UsageError where the file system has no hard links, StorageError where it cannot be
     written.
     """
-    newest = next(iter(same_list(store, frozen)), None)
+    newest = next(same_list(store, frozen), None)
     if newest is not None and (open_tasks := _left_over(newest, frozen, retry_failed)):
         return _joined(newest, open_tasks)
     started = start_run(store, frozen, after=newest.run_id if newest else FIRST)

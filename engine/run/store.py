@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ class FrozenRun(Strict):
     tasks: list[Task]
     bytes: dict[str, int] = Field(default={}, description="Bytes of input by model, at the start.")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sha256 hex of the frozen list without sizes, and without resources, which may be raised to resume."""
         content = self.model_dump(mode="json", exclude={"resources", "bytes"})
@@ -166,11 +167,13 @@ def freeze(loaded: LoadedJob, tasks: Sequence[Task]) -> FrozenRun:
     )
 
 
-def same_list(store: Store, frozen: FrozenRun) -> list[RunFolder]:
-    """Return the runs of the same frozen list, newest first; one that cannot be read is none."""
+def same_list(store: Store, frozen: FrozenRun) -> Iterator[RunFolder]:
+    """Yield the runs of the same frozen list, newest first; one that cannot be read is none."""
     suffix = f"-{frozen.digest[:8]}"
-    named = [run for run in reversed(store.run_folders()) if run.run_id.endswith(suffix)]
-    return [run for run in named if digest_of(run) == frozen.digest]
+    for run in reversed(store.run_folders()):
+        # read one by one: who asks for the newest of a year's nights need not wait for all of them
+        if run.run_id.endswith(suffix) and digest_of(run) == frozen.digest:
+            yield run
 
 
 def digest_of(run: RunFolder) -> str | None:

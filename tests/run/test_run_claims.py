@@ -143,7 +143,7 @@ def test_a_latecomer_that_saw_the_finished_run_joins_the_one_that_came_after(
     _fail(first.run)
     second = _join(tmp_path)
     _fail(second.run, "a/r4", "b/r4")
-    monkeypatch.setattr("dfmpc.run.resume.same_list", lambda *_: [first.run])
+    monkeypatch.setattr("dfmpc.run.resume.same_list", lambda *_: iter([first.run]))
     late = _join(tmp_path)
     assert (late.run, late.resumed, [task.id for task in late.open_tasks]) == (second.run, True, ["a/r8", "b/r8"])
     assert len(_runs(tmp_path)) == 2

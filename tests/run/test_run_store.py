@@ -66,9 +66,9 @@ def test_resources_do_not_change_the_list_but_the_seed_does(tmp_path: Path) -> N
     run = _new_run(tmp_path)
     longer = _job(tmp_path, timeout="2h")
     store = Store(longer.store)
-    assert same_list(store, freeze(longer, expand(longer))) == [run]
+    assert list(same_list(store, freeze(longer, expand(longer)))) == [run]
     seeded = _job(tmp_path, seed=1)
-    assert same_list(store, freeze(seeded, expand(seeded))) == []
+    assert list(same_list(store, freeze(seeded, expand(seeded)))) == []
 
 
 def test_a_relative_evaluation_set_is_frozen_by_its_absolute_path(tmp_path: Path) -> None:
