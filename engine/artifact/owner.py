@@ -1,14 +1,25 @@
-"""Who owns an attempt: a process on a host, told apart from a later process with the same number."""
+"""Who owns an attempt: a process on a host, told apart from a later process with the same number.
+
+Two machines, or containers of one, may share a host name, so whether a process lives is judged only where it can be:
+under the same boot and the same process-number namespace by looking, and under an earlier boot of this very machine
+without. A boot's identity alone does not tell an earlier boot from another machine, so the machine's own is kept too.
+That says nothing inside of containers, which have the machine's, their image's or none, so an earlier boot is seen only
+by processes in the namespace that a machine starts with.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+_FIRST_NAMESPACE = "pid:[4026531836]"
+"""The namespace of a machine's first process; Linux gives it this number on every machine (PROC_PID_INIT_INO)."""
 
 
 @dataclass(frozen=True)
@@ -24,32 +35,47 @@ class Owner:
     started: str
     """Start of the process, in clock ticks since boot."""
 
+    machine: str = ""
+    """Of the machine over all its boots, hashed; empty in what older versions wrote."""
+
     @classmethod
     def current(cls) -> Owner:
         """Return this process."""
-        return cls(socket.gethostname(), _boot(), _namespace(), os.getpid(), _started(os.getpid()))
+        return cls(socket.gethostname(), _boot(), _namespace(), os.getpid(), _started(os.getpid()), _machine())
+
+    @classmethod
+    def parse(cls, content: object) -> Owner | None:
+        """Return the owner whose ``to_dict`` is ``content``, of an older or a newer version too; else None."""
+        known = [field.name for field in fields(cls)]
+        found = {name: content[name] for name in known if name in content} if isinstance(content, dict) else {}
+        if any(isinstance(value, int) != (name == "pid") for name, value in found.items()):
+            return None
+        try:
+            return cls(**found)
+        except TypeError:
+            return None
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the fields for JSON."""
         return asdict(self)
 
     def is_dead(self) -> bool | None:
-        """Tell whether the process has ended; None where that cannot be known from this host."""
-        if self.host != socket.gethostname():
+        """Tell whether the process has ended; None where that cannot be known from here."""
+        if self.host != socket.gethostname() or self.namespace != _namespace() or not self.boot:
             return None
         if self.boot != _boot():
-            return True
-        if self.namespace != _namespace():
-            return None
+            return True if self._is_of_this_machine() else None
         return not _alive(self.pid) or (bool(self.started) and _started(self.pid) != self.started)
+
+    def _is_of_this_machine(self) -> bool:
+        return bool(self.machine) and self.machine == _machine() and self.namespace == _FIRST_NAMESPACE
 
 
 def read_owner(path: Path) -> Owner | None:
     """Return the owner that ``path`` names, None where the file is missing or not an owner's."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return Owner(**fields)
-    except (FileNotFoundError, ValueError, TypeError):
+        return Owner.parse(json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -90,6 +116,15 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def _machine() -> str:
+    """Return systemd's identity of the machine, hashed, as it is not to be shown around; see machine-id(5)."""
+    try:
+        text = Path("/etc/machine-id").read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"dfmpc {text}".encode()).hexdigest()[:16] if re.fullmatch("[0-9a-f]{32}", text) else ""
 
 
 def _namespace() -> str:

@@ -166,9 +166,9 @@ def is_abandoned(run: RunFolder, state: TaskState) -> bool:
     if state.status != "running":
         return False
     for content in _lines(run.ledger / f"{state.process}.jsonl"):
-        owner = content.get("owner")
-        if isinstance(owner, dict) and {field.name for field in fields(Owner)} == owner.keys():
-            return Owner(**owner).is_dead() is True
+        owner = Owner.parse(content.get("owner"))
+        if owner is not None:
+            return owner.is_dead() is True
     return False
 
 

@@ -123,9 +123,11 @@ def _owner(ledger_file: Path) -> Owner | None:
     with ledger_file.open("rb") as file:
         for _, line in zip(range(_FIRST_LINES), file, strict=False):
             try:
-                return Owner(**json.loads(line)["owner"])
+                owner = Owner.parse(json.loads(line)["owner"])
             except (ValueError, TypeError, KeyError):
                 continue
+            if owner is not None:
+                return owner
     return None
 
 

@@ -213,12 +213,6 @@ def test_sweep_keeps_this_process_and_tells_it_from_an_older_one_of_its_number(s
     assert ours.is_dir()
 
 
-def test_sweep_knows_the_dead_of_an_earlier_boot(store: Path) -> None:
-    attempt = new_attempt(store, KEY)
-    write_owner(attempt, replace(Owner.current(), boot="earlier"))
-    assert sweep(store) == [attempt]
-
-
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"namespace": "pid:[1]"}], ids=["host", "container"])
 def test_sweep_waits_a_week_for_others(store: Path, other: dict[str, str]) -> None:
     attempt = new_attempt(store, KEY)
