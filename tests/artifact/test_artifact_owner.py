@@ -32,8 +32,6 @@ print(*sweep(Path(sys.argv[1])), flush=True)
 AS_MACHINE = """
 mount --bind "$0" /proc/sys/kernel/random/boot_id && mount --bind "$1" /etc/machine-id && shift && exec "$@"
 """
-    'mount --bind "$0" /proc/sys/kernel/random/boot_id && mount --bind "$1" /etc/machine-id && shift && exec "$@"'
-)
 
 
 @pytest.fixture
