@@ -111,7 +111,7 @@ def status_text(state: RunStatus) -> str:
     """Return the counts and a task a row."""
     names = ("done", "reused", "failed", "running", "waiting", "interrupted")
     counts = ", ".join(f"{getattr(state, name)} {name}" for name in names)
-    end = "finished" if state.finished else "unfinished"
+    end = "finished" if state.finished else "unfinished" if state.live else "unfinished, and nobody is at it"
     head = f"{state.run}\n{state.job}: {counted(state.total, 'task')}: {counts}; {end}"
     return f"{head}\n{render(_table([replace(task, error=_first_line(task.error)) for task in state.tasks]))}"
 

@@ -16,7 +16,9 @@ _AGE = "such as 30d or 12h"
 
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a store: its newest run.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until it is finished or Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing it until it ends, finished or not, or Ctrl-C.")
+    ] = False,
     interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: how often.")] = 2.0,
     as_json: _AsJson = False,
 ) -> None:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..artifact.latest import pointers, read_latest
-from ..artifact.owner import Owner
 from ..errors import ArtifactError
 from .ledger import SETTLED, fold
+from .liveness import changed, is_young, may_live
 from .store import RunFolder, Store
-
-_UNKNOWN_S = 7 * 24 * 3600
-"""How long a process on another host is taken to live after its last event."""
-_YOUNG_S = 3600
-"""How long a run without events is taken to be about to begin."""
-_FIRST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -84,8 +76,8 @@ def _use_of(run: RunFolder) -> RunUse:
     tasks, states = _tasks(run), fold(run)
     finished = tasks is not None and all(task in states and states[task].status in SETTLED for task in tasks)
     files = sorted(run.ledger.glob("*.jsonl"))
-    last = max(map(_changed, files), default=_changed(run.tasks_file))
-    live = not finished and (_young(last) if not files else any(_may_live(file) for file in files))
+    last = max(map(changed, files), default=changed(run.tasks_file))
+    live = not finished and (is_young(last) if not files else any(may_live(file) for file in files))
     return RunUse(run, live, finished, last, tasks, _artifacts(run))
 
 
@@ -110,33 +102,3 @@ def _artifacts(run: RunFolder) -> frozenset[str] | None:
 
 def _named(column: pa.ChunkedArray) -> Iterable[str]:
     return (str(value) for value in column.to_pylist() if value is not None)
-
-
-def _may_live(ledger_file: Path) -> bool:
-    owner = _owner(ledger_file)
-    dead = owner.is_dead() if owner is not None else None
-    return time.time() - _changed(ledger_file) < _UNKNOWN_S if dead is None else not dead
-
-
-def _owner(ledger_file: Path) -> Owner | None:
-    """Read the process that writes a ledger file from its first lines."""
-    with ledger_file.open("rb") as file:
-        for _, line in zip(range(_FIRST_LINES), file, strict=False):
-            try:
-                owner = Owner.parse(json.loads(line)["owner"])
-            except (ValueError, TypeError, KeyError):
-                continue
-            if owner is not None:
-                return owner
-    return None
-
-
-def _young(last: float) -> bool:
-    return time.time() - last < _YOUNG_S
-
-
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..job.expand import Task
 from .ledger import SETTLED, Event, Kind, TaskState, fold_events, is_abandoned, read_events
+from .liveness import is_attended
 from .store import RunFolder, find_run
 
 
@@ -45,6 +46,8 @@ class RunStatus:
     interrupted: int
     finished: bool
     """True where every task is done, reused or failed."""
+    live: bool
+    """True while it is unfinished and a command is at it, as far as can be known from this host."""
     retries: int
     """Attempts beyond each task's first."""
     bytes_total: int
@@ -66,6 +69,10 @@ def read_status(path: Path) -> RunStatus:
     """
     run = find_run(path)
     frozen, events = run.frozen(), read_events(run)
+    live = is_attended(run, events)
+    if not live:  # hear what the last command said between our reading and its end
+        events = read_events(run)
+        live = is_attended(run, events)
     tasks = _tasks(run, frozen.tasks, fold_events(events))
     sizes = {task.id: frozen.bytes.get(task.model.name, 0) for task in frozen.tasks}
     counts = Counter(task.status for task in tasks)
@@ -84,6 +91,7 @@ def read_status(path: Path) -> RunStatus:
         waiting=counts["waiting"],
         interrupted=counts["interrupted"],
         finished=finished,
+        live=live and not finished,
         retries=sum(max(0, task.attempts - 1) for task in tasks),
         bytes_total=total,
         bytes_settled=there,

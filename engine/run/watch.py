@@ -18,13 +18,15 @@ from .store import find_run
 _MIB = 2**20
 _SHOWN_FAILURES = 10
 _HOME, _END_OF_LINE, _END_OF_SCREEN, _CLEAR = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2J"
+_NOBODY = "nobody is at this run: the same `dfmpc run` command resumes it"
 _READING_SHARE = 10
 """Reading the ledgers of a huge run takes at most one part in so many of the time."""
 
 
 def watch(path: Path, interval_s: float, out: TextIO, *, as_json: bool = False) -> None:
-    """Show the run at ``path`` until it is finished or Ctrl-C: redrawn on a terminal, else a line a change.
+    """Show the run at ``path`` until it is finished, nobody is at it any more, or Ctrl-C.
 
+    It is redrawn on a terminal, else a line is written for every change, and the last one says which end it was.
     ``path`` is a run's folder, or a store, which means the run that is its newest now. With ``as_json`` a line is a
     document with the fields of RunStatus but the tasks. Raises UsageError where there is no run.
     """
@@ -35,7 +37,7 @@ def watch(path: Path, interval_s: float, out: TextIO, *, as_json: bool = False) 
             began = time.monotonic()
             state = read_status(run)
             show(state)
-            if state.finished:
+            if not state.live:
                 return
             time.sleep(max(interval_s, _READING_SHARE * (time.monotonic() - began)))
     except KeyboardInterrupt:
@@ -60,8 +62,8 @@ def _lines(out: TextIO, text: Callable[[RunStatus], str]) -> Callable[[RunStatus
     def write(state: RunStatus) -> None:
         # rate and remaining time change with every reading, and say nothing new by themselves
         news = [(task.task, task.status, task.attempt) for task in state.tasks]
-        if news != last:
-            last[:] = news
+        if [*news, state.live] != last:
+            last[:] = [*news, state.live]
             print(text(state), file=out, flush=True)
 
     return write
@@ -78,7 +80,8 @@ def progress_line(state: RunStatus) -> str:
     """Return how far the run is and what is at work, on one line."""
     running = [task.task for task in state.tasks if task.status == "running"]
     work = f"; at work: {', '.join(running)}" if running else ""
-    return f"{datetime.now(UTC):%H:%M:%SZ} {state.job}: {_progress(state)}; {_counts(state)}{work}"
+    end = "" if state.live or state.finished else f"; {_NOBODY}"
+    return f"{datetime.now(UTC):%H:%M:%SZ} {state.job}: {_progress(state)}; {_counts(state)}{work}{end}"
 
 
 def screen_text(state: RunStatus) -> str:
@@ -119,9 +122,7 @@ def _counts(state: RunStatus) -> str:
 def _ending(state: RunStatus) -> str:
     if state.finished:
         return "finished"
-    if state.running or not state.interrupted:
-        return "Ctrl-C ends the watching, not the run"
-    return "nobody is at this run: the same `dfmpc run` command resumes it"
+    return "Ctrl-C ends the watching, not the run" if state.live else _NOBODY
 
 
 def _running_table(tasks: list[TaskStatus], now: datetime) -> Table:

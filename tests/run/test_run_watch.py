@@ -8,11 +8,13 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dfmpc.artifact.owner import Owner
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.run import ledger as ledger_module
@@ -190,6 +192,79 @@ def read_until(terminal: int, enough: Callable[[str], bool]) -> str:
     while not enough(seen):
         seen += os.read(terminal, 65536).decode()
     return seen
+
+
+NOBODY = "nobody is at this run: the same `dfmpc run` command resumes it"
+BEGUN = """
+import sys; from pathlib import Path
+from dfmpc.run.ledger import Event, Kind, Ledger
+from dfmpc.run.store import RunFolder
+Ledger(RunFolder(Path(sys.argv[1]))).append(Event(Kind.RUN_STARTED))
+print("begun", flush=True); sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["lines", "json"])
+def test_a_run_of_which_all_waits_is_watched_until_its_command_is_killed(run: RunFolder, more: list[str]) -> None:
+    at_it = subprocess.Popen(
+        [sys.executable, "-c", BEGUN, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with at_it, subprocess.Popen(command(run.path, *more), stdout=subprocess.PIPE, text=True) as watching:
+        assert at_it.stdout is not None
+        assert at_it.stdout.readline() == b"begun\n"
+        assert watching.stdout is not None
+        first = watching.stdout.readline()
+        assert read_status(run.path).live
+        at_it.kill()
+        (last,) = watching.stdout.readlines()
+        assert watching.wait(30) == 0
+    if more:
+        assert [(json.loads(line)["live"], json.loads(line)["waiting"]) for line in (first, last)] == [
+            (True, 3),
+            (False, 3),
+        ]
+    else:
+        assert first.endswith("; 3 waiting\n")
+        assert last.endswith(f"; 3 waiting; {NOBODY}\n")
+    assert screen_text(read_status(run.path)).endswith(
+        "\nnobody is at this run: the same `dfmpc run` command resumes it"
+    )
+
+
+def _written_elsewhere(run: RunFolder, *kinds: Kind, days: float = 0.0) -> None:
+    """Leave the ledger file of a command on another host, written ``days`` ago."""
+    owner = {**Owner.current().to_dict(), "host": "elsewhere"}
+    lines = [{"owner": owner}, *({"kind": kind, "at": f"2026-01-01T00:00:0{i}+00:00"} for i, kind in enumerate(kinds))]
+    run.ledger.mkdir(exist_ok=True)
+    file = run.ledger / f"elsewhere-{len(kinds)}-{days:g}.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    at = time.time() - days * 86400
+    os.utime(file, (at, at))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "days", "live"),
+    [
+        ([Kind.RUN_STARTED], 6.9, True),
+        ([Kind.RUN_STARTED], 7.1, False),
+        ([Kind.RUN_STARTED, Kind.INTERRUPTED], 0.0, False),
+        ([Kind.RUN_STARTED, Kind.INTERRUPTED, Kind.RUN_STARTED], 0.0, True),
+        ([], 0.0, True),
+    ],
+)
+def test_a_command_on_another_host_is_at_a_run_until_it_says_otherwise_or_nothing_for_a_week(
+    run: RunFolder, kinds: list[Kind], days: float, live: bool
+) -> None:
+    _written_elsewhere(run, *kinds, days=days)
+    assert read_status(run.path).live is live
+
+
+def test_a_run_that_was_made_and_not_begun_is_waited_for_an_hour(run: RunFolder) -> None:
+    assert read_status(run.path).live
+    old = time.time() - 3660
+    os.utime(run.tasks_file, (old, old))
+    ended = subprocess.run(command(run.path), capture_output=True, text=True, check=True, timeout=60)
+    assert ended.stdout.endswith(f"{NOBODY}\n")
 
 
 def test_no_run_ends_with_2(tmp_path: Path) -> None:
