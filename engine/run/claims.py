@@ -24,7 +24,6 @@ from .store import FrozenRun, RunFolder, Store, digest_of
 
 FIRST = "none"
 """Stands for the run before the first one."""
-_TRIES = 64
 _RUN_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
 """What a rename says where the run is there; ENOENT, where NFS has renamed, lost the answer and asked again."""
@@ -48,16 +47,16 @@ def start_run(store: Store, frozen: FrozenRun, after: str = FIRST) -> StartedRun
     draft = new_attempt(store.root, frozen.digest)
     try:
         _fill(draft, store, frozen)
-        for _ in range(_TRIES):
+        passed = set()
+        while after not in passed:  # as many names as there are: runs of a week may have been collected since
+            passed.add(after)
             started = _claim_and_make(store, frozen, draft, after)
             if isinstance(started, StartedRun):
                 return started
             after = started
     finally:
         discard(draft)
-    raise StorageError(
-        f"{store.runs}: {_TRIES} runs of one list cannot be read: remove them or choose another --output"
-    )
+    raise StorageError(f"{store.claims}: the names lead back to {after}: remove this folder")
 
 
 def _fill(draft: Path, store: Store, frozen: FrozenRun) -> None:
@@ -93,6 +92,16 @@ def _mark(claim: Path) -> Path:
 
 def _claimed(claim: Path, frozen: FrozenRun, draft: Path) -> str:
     """Return the run's name that ``claim`` holds, which is ours where nobody had claimed before."""
+    if not claim.exists():
+        _claim(claim, frozen, draft)
+    name = claim.read_text(encoding="ascii", errors="replace")
+    if not _RUN_ID.fullmatch(name):
+        raise StorageError(f"{claim} names no run but {name[:40]!r}: remove this file")
+    return name
+
+
+def _claim(claim: Path, frozen: FrozenRun, draft: Path) -> None:
+    """Make ``claim`` with a new name in it, where nobody does so first."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     note = draft / "claim"
     write_durably(note, f"{stamp}-{frozen.digest[:8]}".encode())
@@ -109,10 +118,6 @@ def _claimed(claim: Path, frozen: FrozenRun, draft: Path) -> str:
         ) from error
     finally:
         note.unlink()
-    name = claim.read_text(encoding="ascii", errors="replace")
-    if not _RUN_ID.fullmatch(name):
-        raise StorageError(f"{claim} names no run but {name[:40]!r}: remove this file")
-    return name
 
 
 def _make(draft: Path, run: RunFolder) -> bool:

@@ -68,11 +68,23 @@ def _fail(run: RunFolder, *names: str) -> None:
     ledger.close()
 
 
-def _race(root: Path, start: Barrier, answers: SimpleQueue[Any]) -> None:
-    for turn in range(ROUNDS):
+def _race(root: Path, start: Barrier, answers: SimpleQueue[Any], rounds: int) -> None:
+    for turn in range(rounds):
         start.wait(60)
         joined = _join(root / str(turn))
         answers.put((turn, joined.run.run_id, joined.resumed, len(joined.open_tasks)))
+
+
+def _raced(root: Path, rounds: int) -> list[Any]:
+    """Have eight processes join the jobs of ``root``'s folders 0, 1, ... at once; return what each found in each."""
+    start, answers = SPAWN.Barrier(PROCESSES), SPAWN.SimpleQueue()
+    racers = [SPAWN.Process(target=_race, args=(root, start, answers, rounds)) for _ in range(PROCESSES)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(120)
+    assert [racer.exitcode for racer in racers] == [0] * PROCESSES
+    return [answers.get() for _ in range(PROCESSES * rounds)]
 
 
 def _join_once(folder: Path) -> None:
@@ -89,14 +101,7 @@ def _ended(folder: Path) -> int | None:
 def test_eight_processes_at_once_start_one_run_ten_times_over(tmp_path: Path) -> None:
     for turn in range(ROUNDS):
         _write_job(tmp_path / str(turn))
-    start, answers = SPAWN.Barrier(PROCESSES), SPAWN.SimpleQueue()
-    racers = [SPAWN.Process(target=_race, args=(tmp_path, start, answers)) for _ in range(PROCESSES)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join(120)
-    assert [racer.exitcode for racer in racers] == [0] * PROCESSES
-    got = [answers.get() for _ in range(PROCESSES * ROUNDS)]
+    got = _raced(tmp_path, ROUNDS)
     for turn in range(ROUNDS):
         mine = [answer for answer in got if answer[0] == turn]
         assert _runs(tmp_path / str(turn)) == [mine[0][1]]
@@ -165,6 +170,33 @@ def test_a_run_that_was_removed_is_not_made_again_under_its_old_name(tmp_path: P
     assert _runs(tmp_path) == [second.run.run_id]
     assert second.run.run_id > first.run.run_id
     assert _join(tmp_path).run == second.run
+
+
+def test_a_hundred_runs_that_were_collected_since_yesterday_are_followed_by_one(tmp_path: Path) -> None:
+    """Runs of one list may be made and collected every hour; eight processes look for the next name at once."""
+    folder, gone = tmp_path / "0", []
+    _write_job(folder)
+    for _ in range(100):
+        gone.append(_join(folder).run)
+        shutil.rmtree(gone[-1].path)
+    assert len({run.run_id for run in gone}) == 100
+    got = _raced(tmp_path, 1)
+    (run,) = _runs(folder)
+    assert run > gone[-1].run_id
+    assert {answer[1] for answer in got} == {run}
+    assert sorted(answer[2] for answer in got) == [False] + [True] * (PROCESSES - 1), "one of them made it"
+    assert _leftovers(folder) == []
+
+
+def test_names_that_lead_back_are_told(tmp_path: Path) -> None:
+    _write_job(tmp_path)
+    first = _join(tmp_path).run
+    shutil.rmtree(first.path)
+    shutil.rmtree(_join(tmp_path).run.path)
+    (claim,) = Store(tmp_path / "store").claims.glob(f"*-after-{first.run_id}")
+    claim.write_text(first.run_id)
+    with pytest.raises(StorageError, match=rf"the names lead back to {first.run_id}: remove this folder"):
+        _join(tmp_path)
 
 
 def test_a_run_whose_list_is_torn_is_passed_over(tmp_path: Path) -> None:
