@@ -49,14 +49,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Two writers of one path may race: one of them wins whole. Raises StorageError where the file system refuses.
     """
-    temporary = draft_of(path)
     with storing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        write_durably(draft, content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to; what is there at the end takes the place of ``path``.
+
+    Where the block fails ``path`` stays as it was and nothing is left beside it. Raises StorageError for an OSError.
+    """
+    draft = draft_of(path)
+    with storing(path.parent):
         try:
-            write_durably(temporary, content)
-            temporary.replace(path)
+            yield draft
+            draft.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
 
 def fsync_file(path: Path) -> None:

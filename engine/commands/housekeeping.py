@@ -9,18 +9,18 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from .options import AsJson, RunPath
 
-_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 _AGE = "such as 30d or 12h"
 
 
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a store: its newest run.")],
+    run: RunPath,
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on showing it until it ends, finished or not, or Ctrl-C.")
     ] = False,
     interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: how often.")] = 2.0,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far RUN is: how many tasks are done, reused, failed, running or waiting.
 
@@ -51,7 +51,7 @@ def gc(
         str | None, typer.Option(metavar="AGE", help=f"Finished runs, reports and logs included, {_AGE}.")
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; else it is only shown.")] = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show, or with --delete remove, what STORE no longer needs.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..artifact.storage import storing
+from ..artifact.storage import replacing
 from ..report.rows import ModelRow
 
 STATUSES = ("waiting", "running", "done", "reused", "failed", "interrupted")
@@ -48,15 +46,9 @@ def write_metrics(path: Path, snapshot: MetricsSnapshot) -> None:
 
     The collector reads files whose name ends in ``.prom``. Raises StorageError where the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with storing(path.parent):
-        try:
-            with temporary.open("xb") as file:
-                file.write(metrics_text(snapshot).encode())
-                os.fchmod(file.fileno(), 0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as draft:  # and not brought to the disk: it is written again in seconds
+        draft.write_bytes(metrics_text(snapshot).encode())
+        draft.chmod(0o644)
 
 
 def metrics_text(snapshot: MetricsSnapshot) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ...errors import UsageError
-from ..storage import fsync_file, fsync_folder, storing
+from ..storage import fsync_file, fsync_folder, replacing, storing
 from .dequantized import write_program, write_state
 from .extras import require_onnx
 from .report import ExportReport, Format, Precision
@@ -77,16 +75,12 @@ def _check_target(target: Path, format: Format, artifact: Path, force: bool) -> 
 @contextmanager
 def _placing(target: Path) -> Iterator[Path]:
     """Give a path beside ``target`` to write to; what is there in the end takes ``target``'s place at once."""
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     with storing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            fsync_file(temporary)
-            os.replace(temporary, target)
-            fsync_folder(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as draft:
+            yield draft
+            fsync_file(draft)
+        fsync_folder(target.parent)
 
 
 def _write(
