@@ -15,6 +15,10 @@ from .formats import Grid as Grid
 from .formats import Quantized as Quantized
 
 if TYPE_CHECKING:
+    from .compensate import LowLayer as LowLayer
+    from .compensate import NormVectors as NormVectors
+    from .compensate import Solution as Solution
+    from .compensate import compensate as compensate
     from .dequantize import dequantize as dequantize
     from .feedback import feedback_round as feedback_round
     from .packing import pack as pack
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
     from .uniform import uniform as uniform
 
 _HOMES = {
+    "LowLayer": ".compensate",
+    "NormVectors": ".compensate",
+    "Solution": ".compensate",
+    "compensate": ".compensate",
     "dequantize": ".dequantize",
     "feedback_round": ".feedback",
     "pack": ".packing",

@@ -1,37 +1,14 @@
-"""The closed-form coefficients c that let a HIGH layer repair its LOW one (arXiv 2307.00498, section 3)."""
+"""The coefficients c of one pair of layers, and their summary (the mathematics: kernels/compensate.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from dfmpc.kernels.compensate import LowLayer, NormVectors, Solution, compensate
 from torch import Tensor
 
 from .result import Coefficients
 
-DEAD_FRACTION = 1e-12
-"""A channel is dead where the denominator is at most this fraction of the layer's largest."""
-
-
-@dataclass(frozen=True)
-class NormVectors:
-    """A BatchNorm's vectors for the LOW layer's channels, float64 [C]: original and re-estimated statistics."""
-
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor
-    sigma: Tensor
-    """sqrt(variance + eps)."""
-    quantized_mean: Tensor
-    quantized_sigma: Tensor
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Coefficients c, float64 [C], all >= 0, and which channels are dead (c = 1 there)."""
-
-    c: Tensor
-    dead: Tensor
+__all__ = ["NormVectors", "Solution", "solve", "summarise"]
 
 
 def solve(
@@ -42,14 +19,7 @@ def solve(
     X = γ W / σ and X̂ = γ Ŵ / σ̂ enter through ``dot`` = <Ŵ, W> and ``quantized_norm`` = ||Ŵ||^2, float64 [C];
     y = β + γ (b - μ) / σ, ŷ likewise with the re-estimated statistics; ``bias`` is the convolution's b, float64 [C].
     """
-    scale, quantized_scale = norm.gamma / norm.sigma, norm.gamma / norm.quantized_sigma
-    y = norm.beta + scale * (bias - norm.mean)
-    y_hat = norm.beta + quantized_scale * (bias - norm.quantized_mean)
-    numerator = scale * quantized_scale * dot + lambda1 * y_hat * y
-    denominator = quantized_scale.square() * quantized_norm + lambda1 * y_hat.square() + lambda2
-    dead = denominator <= DEAD_FRACTION * denominator.max() if len(denominator) else denominator > 0
-    c = torch.where(dead, 1.0, numerator / torch.where(dead, 1.0, denominator)).clamp_min(0)
-    return Solution(c, dead)
+    return compensate([LowLayer(dot, quantized_norm, bias, norm, lambda1, lambda2)])[0]
 
 
 def summarise(solutions: list[Solution]) -> Coefficients:
