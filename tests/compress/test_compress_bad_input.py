@@ -10,12 +10,10 @@ import pytest
 import torch
 from dfmpc.artifact.verify import find_artifacts
 from dfmpc.compress.compress import compress_model
-from dfmpc.compress.result import Compressed, QuantizedLayer
 from dfmpc.errors import NonFiniteError, UnsupportedModelError
 from dfmpc.evaluate.forward import logits
 from dfmpc.job.expand import ModelSource
 from dfmpc.job.loader import load_job
-from dfmpc.job.methods import DfmpcPlan
 from dfmpc.models.capture import capture
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
@@ -23,52 +21,6 @@ from dfmpc.run.scheduler import RunOptions, run_job
 from torch import Tensor, nn
 
 Loader = Callable[[nn.Module, tuple[int, ...]], LoadedModel]
-SHAPE = (1, 3, 8, 8)
-CALIBRATORS: dict[str, object] = {
-    "none": "none",
-    "norm": "norm",
-    "channel": {"name": "analytic", "moments": "channel"},
-    "spectral": {"name": "analytic", "moments": "spectral"},
-    "synthetic": {"name": "synthetic", "images": 8},
-}
-each_calibrator = pytest.mark.parametrize("calibrator", list(CALIBRATORS))
-
-
-class Plain(nn.Module):
-    """Stem, LOW, HIGH and classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.low, self.bn1 = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
-        self.high, self.bn2 = nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.low(torch.relu(self.bn0(self.stem(x))))))
-        return self.fc(torch.relu(self.bn2(self.high(x))).mean((2, 3)))
-
-
-def plan(calibrator: str = "synthetic", **fields: Any) -> DfmpcPlan:
-    return DfmpcPlan.model_validate({"name": "p", "method": "dfmpc", "calibrator": CALIBRATORS[calibrator], **fields})
-
-
-def by_name(found: Compressed) -> dict[str, QuantizedLayer]:
-    return {item.layer.name: item for item in found.layers}
-
-
-def outputs(model: LoadedModel, changed: dict[str, Tensor]) -> Tensor:
-    images = torch.randn(16, *model.input_shape[1:], generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        return torch.func.functional_call(model.module, {**model.state, **changed}, images)
-
-
-def unharmed(model: LoadedModel, found: Compressed) -> None:
-    """Assert that everything is finite, and that no variance is negative."""
-    for name, tensor in found.changed().items():
-        assert bool(torch.isfinite(tensor).all()), name
-        assert not name.endswith("running_var") or bool((tensor >= 0).all()), name
-    assert bool(torch.isfinite(outputs(model, found.changed())).all())
 
 
 # -- statistics and weights
@@ -103,29 +55,26 @@ def dead_rows(model: LoadedModel) -> None:
     model.state["low.weight"], model.state["high.weight"] = weight, torch.zeros_like(model.state["high.weight"])
 
 
-@each_calibrator
 @pytest.mark.parametrize("recipe", ["published", "auto"])
 @pytest.mark.parametrize("spoil", [frozen, zero_variance, dead_gamma, all_gamma_dead, dead_rows])
 def test_bad_statistics_leave_finite_tensors(
-    loaded: Loader, spoil: Callable[[LoadedModel], None], recipe: str, calibrator: str
+    probe: Any, plain: LoadedModel, spoil: Callable[[LoadedModel], None], recipe: str, calibrator: str
 ) -> None:
-    model = loaded(Plain(), SHAPE)
-    spoil(model)
-    unharmed(model, compress_model(model, plan(calibrator, recipe=recipe)))
+    spoil(plain)
+    probe.unharmed(plain, compress_model(plain, probe.plan(calibrator, recipe=recipe)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("name", ["low.weight", "fc.weight", "bn1.running_mean", "bn2.running_var", "bn0.bias"])
 @pytest.mark.parametrize("calibrator", ["spectral", "synthetic"])
 def test_what_is_no_number_is_named_before_anything_is_factorised(
-    loaded: Loader, calibrator: str, name: str, value: float
+    probe: Any, plain: LoadedModel, calibrator: str, name: str, value: float
 ) -> None:
-    model = loaded(Plain(), SHAPE)
-    broken = model.state[name].clone()
+    broken = plain.state[name].clone()
     broken.view(-1)[2] = value
-    model.state[name] = broken
+    plain.state[name] = broken
     with pytest.raises(NonFiniteError, match=rf"Plain: {name} holds NaN or Inf; repair or retrain"):
-        compress_model(model, plan(calibrator))
+        compress_model(plain, probe.plan(calibrator))
 
 
 # -- inputs
@@ -190,13 +139,13 @@ class Maps(nn.Module):
     ids=["features", "signal", "feature_maps"],
 )
 def test_what_is_no_image_is_refused_by_the_images_and_served_without_them(
-    loaded: Loader, network: type[nn.Module], shape: tuple[int, ...], said: str
+    probe: Any, loaded: Loader, network: type[nn.Module], shape: tuple[int, ...], said: str
 ) -> None:
     model = loaded(network(), shape)
     with pytest.raises(UnsupportedModelError, match=rf"{network.__name__}: its input is {said}.*calibrator: analytic"):
-        compress_model(model, plan("synthetic"))
+        compress_model(model, probe.plan("synthetic"))
     for calibrator in ("none", "norm", "channel", "spectral"):
-        unharmed(model, compress_model(model, plan(calibrator)))
+        probe.unharmed(model, compress_model(model, probe.plan(calibrator)))
 
 
 class Language(nn.Module):
@@ -219,14 +168,16 @@ def language_program(file: Path) -> str:
     return str(file)
 
 
-def test_token_ids_are_refused_by_images_and_by_evaluation_and_compress_in_closed_form(tmp_path: Path) -> None:
+def test_token_ids_are_refused_by_images_and_by_evaluation_and_compress_in_closed_form(
+    probe: Any, tmp_path: Path
+) -> None:
     program = language_program(tmp_path / "ids.pt2")
     model = load_model(ModelSource(name="ids", program=program), AllowList.default())
     with pytest.raises(UnsupportedModelError, match=r"ids: its input is int64 \[1, 6\].*calibrator: analytic"):
-        compress_model(model, plan("synthetic"))
+        compress_model(model, probe.plan("synthetic"))
     for calibrator in ("none", "norm", "channel", "spectral"):
-        found = compress_model(model, plan(calibrator))
-        assert by_name(found)["up"].role == "low"
+        found = compress_model(model, probe.plan(calibrator))
+        assert probe.by_name(found)["up"].role == "low"
         assert all(bool(torch.isfinite(tensor).all()) for tensor in found.changed().values())
     with pytest.raises(UnsupportedModelError, match=r"the original takes int64 \[1, 6\].*behind its embedding"):
         logits(model.module, [torch.zeros(2, 6)], name="the original")
@@ -237,7 +188,7 @@ def test_a_run_names_what_is_wrong_and_does_the_rest(bench: Any) -> None:
     language_program(bench.folder / "ids.pt2")
     models = [bench.model("plain"), {"name": "ids", "program": "ids.pt2"}]
     plans = [
-        {"name": "auto", "method": "dfmpc", "calibrator": CALIBRATORS["synthetic"]},
+        {"name": "auto", "method": "dfmpc", "calibrator": {"name": "synthetic", "images": 8}},
         {"name": "published", "method": "dfmpc", "recipe": "published"},
         {"name": "small", "method": "dfmpc", "budget": {"bits_per_weight": 2.0}},
         {"name": "large", "method": "dfmpc", "budget": {"bytes": "1MB"}},
