@@ -42,7 +42,8 @@ Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Factory = Annotated[str, _pattern(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", "module:callable, such as timm:create_model")]
 Location = Annotated[
-    str, _pattern(r"(?!.*://).+|package://\w[\w.-]*/(?!.*\.\.)[^/].*", "a path, or package://NAME/PATH without '..'")
+    str,
+    _pattern(r"(?s)(?!.*://).+|package://\w[\w.-]*/(?!.*\.\.)[^/].*", "a path, or package://NAME/PATH without '..'"),
 ]
 ByteSize = Annotated[float, _quantity(_SIZE, "16GiB"), Field(gt=0)]
 Seconds = Annotated[float, _quantity(_DURATION, "30m"), Field(gt=0)]
