@@ -187,7 +187,7 @@ def test_what_hangs_or_is_killed_is_tried_again_by_its_class(cluster: Any, bench
         "bad/r4": ("failed", "data", 1)
     }
     assert {row["status"] for task, row in rows.items() if task != "bad/r4"} == {"done"}
-    assert "dies/r4: crash, tried again once more: its process on the Ray cluster was lost" in err
+    assert "dies/r4: crash, tried again alone: its process on the Ray cluster was lost" in err
     assert "hangs/r4: stuck, tried again once more: no sign of work for 15 s (resources.stuck_after)" in err
     run = RunFolder(Path(document["run"]))
     attempts = {task: state.attempts for task, state in fold(run).items()}

@@ -43,7 +43,12 @@ class Losses:
             self._tally.progress.note(f"{item.task.id}: tried again elsewhere at no cost: {why}")
 
     def charge(self, lane: Lane, failure: Failure, error: DfmpcError) -> None:
-        """Charge the task, by the process's own last words in the ledger where there are some."""
+        """Charge the task, by the process's own last words in the ledger where there are some.
+
+        What Ray says of a process that is gone is the same after SIGKILL, by the kernel for want of memory too, and
+        after SIGSEGV (ray 2.60: WorkerCrashedError without fields; the exit detail of ray.util.state, which takes a
+        dashboard, names these causes as possible). So a crash is tried again alone, as want of memory would be.
+        """
         if lane.item is None:
             return
         item, started, device = lane.item, self.started(lane), lane.device
@@ -54,6 +59,8 @@ class Losses:
             said = self._last_words(started)
             if said is not None:
                 failure, error, device = Failure(said.failure), WorkerDiedError(said.error), said.device
+        if failure is Failure.CRASH:
+            item.history.suspect()
         self._tally.lose([item], attempts, failure, error, device)
 
     def started(self, lane: Lane) -> Started | None:
