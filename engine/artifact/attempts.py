@@ -10,12 +10,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from .owner import Owner, draft_is_dead, read_owner
+from .owner import UNKNOWN_S, Owner, draft_is_dead, read_owner
 from .storage import storing, write_durably
 
 ATTEMPTS = ".attempts"
 _OWNER = ".owner.json"
-_STALE_SECONDS = 7 * 24 * 3600
 
 
 def new_attempt(store_root: Path, key: str) -> Path:
@@ -118,6 +117,6 @@ def _abandoned(path: Path, named_in: Path) -> bool:
 
 def _stale(path: Path) -> bool:
     try:
-        return time.time() - path.stat().st_mtime > _STALE_SECONDS
+        return time.time() - path.stat().st_mtime > UNKNOWN_S
     except FileNotFoundError:
         return False

@@ -18,6 +18,8 @@ import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+UNKNOWN_S = 7 * 24 * 3600
+"""How long a process of which nothing can be known from here is taken to live after what it wrote last."""
 _FIRST_NAMESPACE = "pid:[4026531836]"
 """The namespace of a machine's first process; Linux gives it this number on every machine (PROC_PID_INIT_INO)."""
 

@@ -7,12 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifact.owner import Owner
+from ..artifact.owner import UNKNOWN_S, Owner
 from .ledger import Event, Kind
 from .store import RunFolder
 
-_SILENT_S = 7 * 24 * 3600
-"""How long a process on another host is taken to live after its last event."""
 _YOUNG_S = 3600
 """How long a run without events is taken to be about to begin."""
 _FIRST_LINES = 8
@@ -42,7 +40,7 @@ def may_live(ledger_file: Path, heard: float | None = None) -> bool:
     owner = _owner(ledger_file)
     dead = owner.is_dead() if owner is not None else None
     if dead is None:
-        return time.time() - (changed(ledger_file) if heard is None else heard) < _SILENT_S
+        return time.time() - (changed(ledger_file) if heard is None else heard) < UNKNOWN_S
     return not dead
 
 
