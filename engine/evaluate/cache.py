@@ -16,7 +16,7 @@ from .settings import EvaluationSettings
 
 FORMAT_VERSION = 1
 """Of the cached files: bumped when a figure would come out differently; part of every evaluation's key."""
-_NOISE_DIGEST = hashlib.sha256(b"noise").hexdigest()
+_SYNTHETIC_DIGEST = hashlib.sha256(b"synthetic").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scores:
     logit_sqnr_db: float | None
     """dB; None where the logits are equal (infinite)."""
     images: int
-    measured_on: Literal["images", "noise"]
+    measured_on: Literal["images", "synthetic"]
     top1_before: float | None = None
     """Per cent, like the next three; None without labels."""
     top1_after: float | None = None
@@ -45,7 +45,7 @@ class EvaluationCache:
     def __init__(self, store: Path, settings: EvaluationSettings) -> None:
         """Digest the images of ``settings``, if any. Raises DataError where they cannot be read."""
         self._folder, self._settings = store / "evaluations", settings
-        self._digest = _NOISE_DIGEST if settings.data is None else data_digest(settings.data)
+        self._digest = _SYNTHETIC_DIGEST if settings.data is None else data_digest(settings.data)
         self._ingredients = settings.ingredients() | {"format_version": FORMAT_VERSION}
 
     def scores(self, artifact_key: str) -> Scores | None:

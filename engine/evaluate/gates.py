@@ -46,6 +46,8 @@ class _Check:
     value: float | None
     text: str
     unknown: str
+    by_default: bool = False
+    """The job said nothing of it."""
 
     def broken(self) -> Literal["fail", "warn"] | None:
         """Tell which end of the bound is broken."""
@@ -66,7 +68,8 @@ class _Check:
         """Return what was found and what was asked for."""
         said = "" if end == "fail" else " warns at"
         limit = f"{getattr(self.bound, end):g}"
-        return f"{self.text}, {self.gate}{said or ' is'} {limit}"
+        why = ", the default without labels (docs/fidelity.md)" if self.by_default else ""
+        return f"{self.text}, {self.gate}{said or ' is'} {limit}{why}"
 
 
 def check_gates(gates: Gates, figures: Figures) -> GateResult:
@@ -74,7 +77,7 @@ def check_gates(gates: Gates, figures: Figures) -> GateResult:
 
     fail: a bound is broken. warn: only warnings are. pass: every bound that could be checked is kept. none: there is no
     bound, or none could be checked; a bound on top-1 needs labelled images, and without them it fails nothing but is
-    named among the reasons.
+    named among the reasons. An agreement without labels, of which the gates do not speak, is held against a default.
     """
     reasons: dict[str, list[str]] = {"fail": [], "warn": [], "unchecked": []}
     checked = 0
@@ -104,8 +107,11 @@ def _top1_drop(gates: Gates, figures: Figures) -> _Check:
 
 def _agreement(gates: Gates, figures: Figures) -> _Check:
     value = figures.agreement
+    unlabelled = value is not None and figures.top1_after is None
+    default = gates.default_agreement if unlabelled else None
     text = "" if value is None else f"agreement is {value:.4f}"
-    return _Check("min_agreement", gates.min_agreement, value, text, "the task was not evaluated")
+    bound = gates.min_agreement or default
+    return _Check("min_agreement", bound, value, text, "the task was not evaluated", default is not None)
 
 
 def _others(gates: Gates, figures: Figures) -> Iterator[_Check]:

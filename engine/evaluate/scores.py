@@ -18,8 +18,8 @@ from . import metrics
 from .cache import EvaluationCache, Scores
 from .forward import logits
 from .images import ImageSet, batches, read_images
-from .noise import noise_images
 from .settings import EvaluationSettings
+from .synthetic import fidelity_images
 
 
 def evaluate_artifact(
@@ -61,8 +61,8 @@ def _compare(before: Tensor, after: Tensor, settings: EvaluationSettings, images
         agreement=metrics.agreement(before, after),
         kl=metrics.kl_nats(before, after),
         logit_sqnr_db=sqnr if math.isfinite(sqnr) else None,
-        images=settings.noise_count if images is None else len(images),
-        measured_on="noise" if images is None else "images",
+        images=settings.synthetic_count if images is None else len(images),
+        measured_on=settings.measured_on,
     )
     return scores if images is None else _with_accuracy(scores, before, after, images, settings.model)
 
@@ -105,19 +105,17 @@ def _batches(settings: EvaluationSettings, images: ImageSet | None, divisor: int
         for batch in batches(images, settings.preprocess, size, settings.shape):
             yield batch.images
         return
-    noise = _noise(settings)
-    for start in range(0, len(noise), size):
-        yield noise[start : start + size]
+    yield from _synthetic(settings).split(size)
 
 
-def _noise(settings: EvaluationSettings) -> Tensor:
+def _synthetic(settings: EvaluationSettings) -> Tensor:
     chosen = settings.preprocess
-    # A job's mean and std speak of three colours: another input gets standardised noise.
+    # A job's mean and std speak of three colours: another input gets standardised images.
     mean, std = (chosen.mean, chosen.std) if settings.shape[0] == 3 else (None, None)
-    return _kept_noise(settings.noise_count, settings.shape, settings.seed, mean, std)
+    return _kept_images(settings.synthetic_count, settings.shape, settings.seed, mean, std)
 
 
-_kept_noise = lru_cache(maxsize=2)(noise_images)
+_kept_images = lru_cache(maxsize=2)(fidelity_images)
 """The images of one registry mostly have one size; making them costs as much as a small network's forward pass."""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .fields import Strict
+
+SAFE_AGREEMENT = 0.85
+"""Below it an unlabelled result warns where the job says nothing of agreement: docs/fidelity.md, "The threshold"."""
 
 
 class AtMost(Strict):
@@ -67,12 +70,26 @@ class Gates(Strict):
     """Bounds on finished tasks: a number closes the gate, ``{warn: x, fail: y}`` says so earlier. Not part of a key."""
 
     max_top1_drop: _Most = Field(None, description="Points of top-1 that may be lost; needs labels.")
-    min_agreement: _LeastFraction = Field(None, description="Least top-1 agreement with the original network, 0-1.")
+    min_agreement: _LeastFraction = Field(
+        None,
+        description="Least top-1 agreement with the original network, 0-1. Where it is left out and images have no "
+        f"labels, the default is {{warn: {SAFE_AGREEMENT:g}}} (docs/fidelity.md); null switches that off.",
+    )
     min_sqnr_db: _Least = Field(None, description="Least SQNR of the logits, in dB (column logit_sqnr_db).")
     max_bits_per_weight: _Most = Field(None, description="Most bits a quantized weight, scales included.")
     max_seconds: _Most = Field(
         None, description="Most seconds to read, compress and write; what is reused was only read."
     )
+
+    @property
+    def default_agreement(self) -> AtLeast | None:
+        """What stands in for ``min_agreement`` where there are no labels; None where the job spoke of it itself."""
+        return None if "min_agreement" in self.model_fields_set else AtLeast(warn=SAFE_AGREEMENT)
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run freezes its gates as JSON, and null there would be a bound that is switched off."""
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
 def effective_gates(job: Gates, own: Gates | None) -> Gates:

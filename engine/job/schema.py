@@ -65,7 +65,7 @@ class Preprocess(Strict):
 
 
 class Evaluate(Preprocess):
-    """Accuracy on labelled images; without this block, agreement on seeded noise images is reported."""
+    """Accuracy on labelled images; without this block, agreement on images made from no data is reported."""
 
     data: Text = Field(description="Parquet file with columns image{bytes,path} and label.")
     metrics: list[Literal["top1", "top5"]] = Field(default=["top1"], min_length=1, description="What to report.")
@@ -190,7 +190,7 @@ class Job(Strict):
     version: Literal[1] = Field(description="Version of the job file's format.")
     name: Text = Field(description="Name of the job, for people.")
     output: Text = Field(description="The store: artifacts, evaluations and runs; relative to the current folder.")
-    seed: int = Field(0, ge=0, description="Seed of the noise images.")
+    seed: int = Field(0, ge=0, description="Seed of the images that stand in for labelled ones.")
     models: list[ModelSpec] = Field(min_length=1, description="The models.")
     bit_plans: list[BitPlan] = Field(min_length=1, description="The bit-plans.")
     layers: list[LayerRule] = Field(default=[], description="Overrides by layer name, first match wins.")

@@ -68,7 +68,9 @@ class ModelRow:
         float | None,
         Column("Power of the original logits over that of their change; null where nothing changed.", "dB"),
     ] = None
-    measured_on: Annotated[str | None, Column("images (of the job's data set) or noise (seeded 1/f images).")] = None
+    measured_on: Annotated[
+        str | None, Column("images (of the job's data set) or synthetic (seeded, made from no data: docs/fidelity.md).")
+    ] = None
     images: Annotated[int | None, Column("Images that were evaluated.", "count")] = None
     gate: Annotated[str | None, Column("pass, warn, fail or none (no gate, or none that could be checked).")] = None
     gate_reason: Annotated[str | None, Column("Why the gate failed, warned or could not be checked.")] = None

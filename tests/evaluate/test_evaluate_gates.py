@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from dfmpc.evaluate.gates import Figures, check_gates
-from dfmpc.job.gates import Gates, effective_gates
+from dfmpc.job.gates import SAFE_AGREEMENT, Gates, effective_gates
 from pydantic import ValidationError
 
 LABELLED = Figures(91.5, 88.0, agreement=0.9, logit_sqnr_db=20.0, bits_per_weight=4.125, seconds=12.0)
@@ -24,7 +26,7 @@ NOISE = Figures(agreement=0.9, logit_sqnr_db=20.0, bits_per_weight=4.125, second
         ({"min_agreement": 0.9}, NOISE, "pass"),
         ({"min_agreement": 0.91}, NOISE, "fail"),
         ({"min_agreement": {"warn": 0.95, "fail": 0.9}}, NOISE, "warn"),
-        ({"max_top1_drop": 3.0}, NOISE, "none"),
+        ({"max_top1_drop": 3.0, "min_agreement": None}, NOISE, "none"),
         ({"max_top1_drop": 3.0, "min_agreement": 0.5}, NOISE, "pass"),
         ({"max_top1_drop": 9.0, "min_agreement": 0.95}, LABELLED, "fail"),
         ({"min_sqnr_db": 20}, NOISE, "pass"),
@@ -59,6 +61,49 @@ def test_a_bound_that_cannot_be_checked_is_named():
     assert check_gates(Gates(max_bits_per_weight=3.0), Figures(agreement=1.0)).reasons == (
         "max_bits_per_weight was not checked: no weight is quantized",
     )
+
+
+LOW = Figures(agreement=SAFE_AGREEMENT - 0.01, bits_per_weight=4.0)
+HIGH = Figures(agreement=SAFE_AGREEMENT, bits_per_weight=4.0)
+LOW_LABELLED = Figures(91.5, 91.0, agreement=SAFE_AGREEMENT - 0.01)
+
+
+@pytest.mark.parametrize(
+    ("gates", "figures", "status"),
+    [
+        ({}, LOW, "warn"),
+        ({}, HIGH, "pass"),
+        ({}, LOW_LABELLED, "none"),
+        ({}, Figures(), "none"),
+        ({"min_agreement": None}, LOW, "none"),
+        ({"min_agreement": 0.01}, LOW, "pass"),
+        ({"min_agreement": 0.01}, HIGH, "pass"),
+        ({"min_agreement": SAFE_AGREEMENT}, LOW_LABELLED, "fail"),
+        ({"max_bits_per_weight": 3.0}, LOW, "fail"),
+        ({"max_bits_per_weight": 5.0}, LOW, "warn"),
+    ],
+)
+def test_without_labels_and_without_a_word_of_agreement_it_has_a_default_that_only_warns(gates, figures, status):
+    frozen = Gates.model_validate_json(Gates(**gates).model_dump_json())  # as a run keeps it
+    for one in (Gates(**gates), frozen, effective_gates(Gates(), Gates(**gates)), pickle.loads(pickle.dumps(frozen))):
+        assert check_gates(one, figures).status == status
+
+
+def test_the_default_says_that_it_is_one():
+    assert check_gates(Gates(max_top1_drop=3), LOW).reasons == (
+        f"agreement is {LOW.agreement:.4f}, min_agreement warns at {SAFE_AGREEMENT:g}, "
+        "the default without labels (docs/fidelity.md)",
+        "max_top1_drop was not checked: no labelled images, give evaluate.data",
+    )
+    asked = check_gates(Gates(min_agreement={"warn": SAFE_AGREEMENT}), LOW).reasons
+    assert asked == (f"agreement is {LOW.agreement:.4f}, min_agreement warns at {SAFE_AGREEMENT:g}",)
+
+
+def test_a_models_null_switches_the_default_off_and_its_bound_replaces_it():
+    assert check_gates(effective_gates(Gates(), Gates(min_agreement=None)), LOW).status == "none"
+    assert check_gates(effective_gates(Gates(min_agreement=None), Gates(max_seconds=9)), LOW).status == "none"
+    assert check_gates(effective_gates(Gates(), Gates(max_bits_per_weight=9)), LOW).status == "warn"
+    assert check_gates(effective_gates(Gates(), Gates(min_agreement=0.99)), HIGH).status == "fail"
 
 
 def test_better_than_the_original_passes():

@@ -16,9 +16,9 @@ from dfmpc.evaluate.cache import Scores, cached_scores
 from dfmpc.evaluate.forward import logits
 from dfmpc.evaluate.images import batches, read_images
 from dfmpc.evaluate.metrics import top_k
-from dfmpc.evaluate.noise import noise_images
 from dfmpc.evaluate.scores import evaluate_artifact
 from dfmpc.evaluate.settings import EvaluationSettings, settings_for
+from dfmpc.evaluate.synthetic import fidelity_images
 from dfmpc.job.expand import ModelSource
 from dfmpc.job.schema import Evaluate, Preprocess
 from dfmpc.models.digest import tree_digest
@@ -82,18 +82,23 @@ def test_figures_on_labelled_images(tmp_path, data):
     assert (scores.images, scores.measured_on) == (20, "images")
 
 
-def test_without_data_noise_gives_agreement_and_sqnr_only(tmp_path):
-    scores = evaluate(tmp_path, Counted(0, change=0.05), Counted(0), settings(noise_count=16))
-    noise = noise_images(16, (3, 6, 6), 0)
-    before, after = Counted(0)()(noise).detach(), Counted(0, change=0.05)()(noise).detach()
+def test_without_data_made_up_images_give_agreement_and_sqnr_only(tmp_path):
+    scores = evaluate(tmp_path, Counted(0, change=0.05), Counted(0), settings(synthetic_count=16))
+    images = fidelity_images(16, (3, 6, 6), 0)
+    before, after = Counted(0)()(images).detach(), Counted(0, change=0.05)()(images).detach()
+    divergence = nn.functional.kl_div(
+        after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    assert scores.kl == pytest.approx(float(divergence), rel=1e-4)
+    assert scores.kl > 1e-3
     assert scores.agreement == pytest.approx(float((before.argmax(1) == after.argmax(1)).float().mean()))
     assert (scores.top1_before, scores.top1_after, scores.top5_after) == (None, None, None)
-    assert (scores.images, scores.measured_on) == (16, "noise")
+    assert (scores.images, scores.measured_on) == (16, "synthetic")
 
 
 def test_equal_networks_agree_without_a_ratio(tmp_path):
     scores = evaluate(tmp_path, Counted(0), Counted(0), settings())
-    assert (scores.agreement, scores.logit_sqnr_db) == (1.0, None)
+    assert (scores.agreement, scores.kl, scores.logit_sqnr_db) == (1.0, 0.0, None)
 
 
 def test_the_original_is_evaluated_once_for_many_artifacts_and_not_at_all_in_the_next_run(tmp_path, data):
@@ -109,7 +114,7 @@ def test_the_original_is_evaluated_once_for_many_artifacts_and_not_at_all_in_the
 @pytest.mark.parametrize(
     "changes",
     [{"limit": 10}, {"preprocess": Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)}, {"data": None}],
-    ids=["limit", "mean", "noise"],
+    ids=["limit", "mean", "synthetic"],
 )
 def test_other_settings_are_another_evaluation(tmp_path, data, changes):
     original, artifact = Counted(0), Counted(0, change=0.1)
@@ -146,8 +151,8 @@ def test_a_refactor_renames_no_file_of_the_cache(tmp_path):
     """Other names have every network evaluated anew: only a version that is raised on purpose may do that."""
     evaluate(tmp_path, Counted(0, change=0.1), Counted(0), settings(seed=3))
     assert sorted(file.name for file in (tmp_path / "evaluations").iterdir()) == [
-        "5a07a99c7db72e1f8316a367a78ce165e082aa398c6a2287c42cbca2ea418395.safetensors",
-        "eb58260c9b6e79592ba53466a00ed80c3282a0ca5d0e96f58c5041923f48df08.json",
+        "04a9e38abbc5305846b48d1fac047a8dd5ca077a1522a04d8f24152e7824c56d.json",
+        "f17fda031d229124b973b39a74ef898b5aff801d1d109e665c28dc3573c64ab7.safetensors",
     ]
 
 
@@ -185,6 +190,17 @@ def test_a_torn_cache_is_made_anew(tmp_path, data):
     assert (original.calls, artifact.calls) == (2, 2)
 
 
+def test_scores_of_a_version_without_kl_are_made_anew(tmp_path, data):
+    artifact = Counted(0, change=0.1)
+    scores = evaluate(tmp_path, artifact, Counted(0), settings(data))
+    (file,) = (tmp_path / "evaluations").glob("*.json")
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "kl"}))
+    assert cached_scores(settings(data), store=tmp_path, artifact_key="a" * 64) is None
+    original = Counted(0)
+    assert evaluate(tmp_path, artifact, original, settings(data)) == scores
+    assert (original.calls, artifact.calls) == (0, 2), "the original's logits are kept"
+
+
 def test_a_label_outside_the_classes_names_its_row(tmp_path, data):
     said = r"evaluate\.data .*set\.parquet row 4: label 4, resnet has 4 classes: give the images"
     with pytest.raises(DataError, match=said):
@@ -197,7 +213,7 @@ def test_another_number_of_classes_is_an_error(tmp_path, data):
 
 
 def test_a_network_that_gives_nan_is_named_and_not_cached(tmp_path):
-    with pytest.raises(NonFiniteError, match="the compressed network gives NaN or Inf in 64 of 64 rows"):
+    with pytest.raises(NonFiniteError, match="the compressed network gives NaN or Inf in 128 of 128 rows"):
         evaluate(tmp_path, Counted(0, change=float("nan")), Counted(0), settings())
     assert not list((tmp_path / "evaluations").glob("*.json"))
 
@@ -219,11 +235,15 @@ def test_settings_from_a_job(tmp_path):
     assert (str(plain.data), plain.top5) == ("/x/set.parquet", False)
 
 
-@pytest.mark.parametrize(("shape", "count"), [((1, 3, 127, 127), 64), ((1, 3, 224, 224), 32), ((1, 300), 64)])
-def test_noise_images_by_input_size(shape, count):
+@pytest.mark.parametrize(
+    ("shape", "count", "batch"),
+    [((1, 3, 127, 127), 128, 64), ((1, 3, 224, 224), 64, 16), ((1, 3, 900, 900), 32, 16), ((1, 300), 128, 64)],
+    ids=str,
+)
+def test_synthetic_images_by_input_size(shape, count, batch):
     chosen = settings_for(None, ModelSource(name="net"), shape, 1)
-    assert (chosen.data, chosen.noise_count, chosen.seed, chosen.shape) == (None, count, 1, shape[1:])
-    assert chosen.batch_size == (64 if count == 64 else 16)
+    assert (chosen.data, chosen.synthetic_count, chosen.seed, chosen.shape) == (None, count, 1, shape[1:])
+    assert (chosen.batch_size, chosen.measured_on) == (batch, "synthetic")
 
 
 def test_resnet20_on_the_first_500_images(shared, monkeypatch):

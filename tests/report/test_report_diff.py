@@ -70,7 +70,7 @@ def changed(**fields: Any) -> list[tuple[str, bool]]:
         ({"gate": "fail"}, [("gate", True)]),
         ({"gate": "warn"}, []),
         ({"agreement": 0.5, "top1_after": 89.0}, [("agreement", True), ("top1_after", True)]),
-        ({"agreement": 0.5, "measured_on": "noise"}, []),
+        ({"agreement": 0.5, "measured_on": "synthetic"}, []),
         ({"top1_after": None}, []),
     ],
 )
@@ -107,10 +107,10 @@ def test_a_lost_result_is_a_regression_and_a_failure_in_both_runs_is_none() -> N
 
 
 def test_what_cannot_be_compared_is_said() -> None:
-    found = compare(BASE, replace(BASE, measured_on="noise", top1_after=None))
+    found = compare(BASE, replace(BASE, measured_on="synthetic", top1_after=None))
     assert found.tasks[0].notes == (
         "top1_after is known of the first run only",
-        "measured on images, then on noise: agreement and SQNR not compared",
+        "measured on images, then on synthetic: agreement and SQNR not compared",
     )
     assert found.regressions == 0
 

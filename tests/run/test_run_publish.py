@@ -123,7 +123,7 @@ def test_a_round_trip_registers_a_version_that_loads(registry: Registry, tmp_pat
         "bits_per_weight": f"{rows['r4'].bits_per_weight:.6g}",
         "ratio": f"{rows['r4'].ratio:.6g}",
         "agreement": f"{rows['r4'].agreement:.6g}",
-        "measured_on": "noise",
+        "measured_on": "synthetic",
         "source": "net/2",
         "run": ended.run.name,
         "dfmpc_version": dfmpc.__version__,
