@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How well does what is measured without labels foretell the loss of accuracy? The tables of docs/fidelity.md.
 
-    python scripts/calibrate_fidelity.py STORE [--only NETWORK ...] [--images 2000] [--allow-code FOLDER] [--json FILE]
+    python scripts/calibrate_fidelity.py STORE [--only PATTERN ...] [--images 2000] [--allow-code FOLDER] [--json FILE]
 
 STORE holds a run of jobs/fidelity.yaml. Every artifact and its original see labelled images and four kinds of made-up
 ones; logits are kept in STORE-logits, so that an interrupted call goes on where it stopped, and several may work at
@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -241,7 +242,7 @@ def _told(found: Verdicts) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="store of a run of jobs/fidelity.yaml")
-    parser.add_argument("--only", nargs="+", metavar="NETWORK", help="networks to look at; default: all")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="tasks to look at, as NETWORK/PLAN")
     parser.add_argument("--images", type=int, default=2000, help="CIFAR images of the networks not developed on")
     parser.add_argument("--allow-code", nargs="*", default=[str(SHARED / "models")], help="as of dfmpc run")
     parser.add_argument("--json", type=Path, help="file for the points behind the tables")
@@ -258,18 +259,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(path: Path, only: Sequence[str] | None, images: int, allow_code: Sequence[str]) -> list[Point]:
-    """Return the points of the networks of a store's run; UsageError where ``only`` names another."""
+def measured(path: Path, only: Sequence[str], images: int, allow_code: Sequence[str]) -> list[Point]:
+    """Return the points of the tasks of a store's run that match a pattern of ``only``; UsageError where none does."""
     run = find_run(path)
-    tasks = run.frozen().tasks
-    sources = {task.model.name: task.model for task in tasks}
-    unknown = sorted(set(only or ()) - sources.keys())
-    if unknown:
-        raise UsageError(f"--only {', '.join(unknown)}: the run has {', '.join(sources)}")
+    tasks = [task for task in run.frozen().tasks if any(fnmatchcase(task.id, pattern) for pattern in only)]
+    if not tasks:
+        raise UsageError(f"--only {' '.join(only)}: matches no task of {run.path}; patterns are such as 'resnet20/*'")
     points = []
-    for name in only or sources:
+    for name, source in {task.model.name: task.model for task in tasks}.items():
         plans = [task.plan.name for task in tasks if task.model.name == name]
-        points += points_of(Forwarded(sources[name], run.store, images, allow_code), plans)
+        points += points_of(Forwarded(source, run.store, images, allow_code), plans)
     return points
 
 

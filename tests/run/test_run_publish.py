@@ -23,6 +23,7 @@ import yaml
 from dfmpc import cli
 from dfmpc.job import mlflow_client
 from dfmpc.job.expand import Task, expand
+from dfmpc.job.gates import SAFE_AGREEMENT
 from dfmpc.job.loader import load_job
 from dfmpc.report.rows import ModelRow
 from dfmpc.run.latest import publish
@@ -119,7 +120,7 @@ def test_a_round_trip_registers_a_version_that_loads(registry: Registry, tmp_pat
         "key": rows["r4"].key,
         "plan": "r4",
         "method": "rtn",
-        "gate": "none",
+        "gate": rows["r4"].gate,
         "bits_per_weight": f"{rows['r4'].bits_per_weight:.6g}",
         "ratio": f"{rows['r4'].ratio:.6g}",
         "agreement": f"{rows['r4'].agreement:.6g}",
@@ -128,8 +129,10 @@ def test_a_round_trip_registers_a_version_that_loads(registry: Registry, tmp_pat
         "run": ended.run.name,
         "dfmpc_version": dfmpc.__version__,
     }
+    assert rows["r4"].gate == ("pass" if rows["r4"].agreement >= SAFE_AGREEMENT else "warn")
     logged = registry.client.get_run(version.run_id)
     assert logged.info.status == "FINISHED"
+    assert logged.data.metrics["kl"] == pytest.approx(rows["r4"].kl)
     assert logged.data.metrics["bits_per_weight"] == pytest.approx(rows["r4"].bits_per_weight)
     [report] = json.loads((registry.folder / "mlartifacts" / version.run_id / "artifacts/report.json").read_text())
     assert (report["task"], report["key"], report["ratio"]) == ("net/r4", rows["r4"].key, rows["r4"].ratio)
