@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import KernelInterface
 
 
 @dataclass(frozen=True)
@@ -50,40 +51,29 @@ class Caught:
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-@dataclass(frozen=True)
-class _Spy:
-    kernel: Any
-    caught: Caught
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        def launch(*arguments: Any, **constants: Any) -> Any:
-            self.caught.launches.append(Launch(self.kernel, grid, arguments, constants))
-            return self.kernel[grid](*arguments, **constants)
-
-        return launch
-
-
-def kernels_by_module() -> Iterator[tuple[Any, str, Any]]:
-    """Yield (module, name, kernel) of every kernel that a module of dfmpc.kernels can launch."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("dfmpc.kernels.") and module is not None:
-            for attribute, value in list(vars(module).items()):
-                names = getattr(value, "arg_names", ())
-                if attribute.endswith("_kernel") and any(argument.endswith("_ptr") for argument in names):
-                    yield module, attribute, value
-
-
 @contextmanager
 def catching() -> Iterator[Caught]:
-    """Within this context every launch is made and noted."""
-    caught, kernels = Caught(), list(kernels_by_module())
-    for module, name, kernel in kernels:
-        setattr(module, name, _Spy(kernel, caught))
+    """Within this context every launch of our kernels is made and noted."""
+    caught, plain = Caught(), KernelInterface.__getitem__
+
+    def getitem(kernel: Any, grid: Any) -> Callable[..., Any]:
+        run = plain(kernel, grid)
+
+        def launch(*arguments: Any, **constants: Any) -> Any:
+            caught.launches.append(Launch(kernel, grid, arguments, constants))
+            return run(*arguments, **constants)
+
+        return launch if kernel.fn.__module__.startswith("dfmpc.kernels") else run
+
+    holders = [kind for kind in (KernelInterface, InterpretedFunction) if "__getitem__" in vars(kind)]
+    before = [vars(kind)["__getitem__"] for kind in holders]
+    for kind in holders:
+        kind.__getitem__ = getitem
     try:
         yield caught
     finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
+        for kind, method in zip(holders, before, strict=True):
+            kind.__getitem__ = method
 
 
 @contextmanager
