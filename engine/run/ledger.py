@@ -82,12 +82,16 @@ class TaskState:
         """True where nothing is left to do without --retry-failed."""
         return self.status in SETTLED
 
+    def is_by(self, pid: int, since: datetime) -> bool:
+        """Tell whether the process ``pid`` of this host said so since ``since``; before, its id was another's."""
+        return self.process.startswith(f"{_name_of(pid)}-") and self.since >= since.isoformat(timespec="microseconds")
+
 
 class Ledger:
     """The event file of this process; made with the first event."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._path = run.ledger / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.jsonl"
+        self._path = run.ledger / f"{_name_of(os.getpid())}-{uuid.uuid4().hex}.jsonl"
         self._file: int | None = None
 
     def append(self, event: Event) -> None:
@@ -121,6 +125,10 @@ class Ledger:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _name_of(pid: int) -> str:
+    return f"{socket.gethostname()}-{pid}"
 
 
 def _write(file: int, content: Mapping[str, object]) -> None:

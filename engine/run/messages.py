@@ -1,9 +1,10 @@
-"""What the scheduler and its workers say to each other."""
+"""What the scheduler and its workers say to each other: every word over a line is a tuple of these, in their order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ..job.expand import Task
 from ..job.gates import Gates
@@ -72,7 +73,10 @@ class Alive:
 
 @dataclass(frozen=True)
 class Started:
-    """Worker to scheduler: an attempt at a task begins."""
+    """Worker to scheduler: an attempt at a task begins.
+
+    It may come late, with other words, while the worker has enough to do: the ledger has it at once.
+    """
 
     task: str
     attempt: str
@@ -98,3 +102,10 @@ class TaskOutcome:
 
 ToWorker = WorkerSettings | RunTask | Recall
 Message = Ready | Alive | Started | Recalled | TaskOutcome
+
+
+class Send(Protocol):
+    """What a worker's words go to; those of one call arrive together."""
+
+    def __call__(self, *messages: Message) -> None:
+        """Send ``messages``."""

@@ -32,8 +32,12 @@ def _outcome(bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> T
     run = start_run(store, freeze(loaded, [task])).run
     settings = WorkerSettings(run.path, "cpu", 1, (), None, loaded.job.gates, 0, 0)
     said: list[Message] = []
-    finisher = Finisher(run, Ledger(run), said.append)
-    context = Context(settings, Ledger(run), said.append, finisher)
+
+    def hear(*messages: Message) -> None:
+        said.extend(messages)
+
+    finisher = Finisher(run, Ledger(run), hear)
+    context = Context(settings, Ledger(run), hear, finisher)
     Attempt(task, Mode(), context, SharedModel(task.model, AllowList.default(()))).run()
     finisher.close()
     (outcome,) = (message for message in said if isinstance(message, TaskOutcome))

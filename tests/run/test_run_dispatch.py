@@ -54,14 +54,17 @@ class Actor(WorkerProcess):
     def signs(self) -> list[Connection | int]:
         return [self.connection]
 
-    def send(self, message: object) -> None:
-        if isinstance(message, RunTask):
-            type(self).began.append((message.task.id, message.mode.alone))
-            type(self).script(self, message)
+    pid = 0
+
+    def send(self, *messages: object) -> None:
+        for message in messages:
+            if isinstance(message, RunTask):
+                type(self).began.append((message.task.id, message.mode.alone))
+                type(self).script(self, message)
 
     def say(self, message: object) -> None:
         if not self.line.closed:
-            self.line.send(message)
+            self.line.send((message,))
 
     def start(self, order: RunTask) -> str:
         attempt = self.attempts[order.task.id] = uuid.uuid4().hex[:12]

@@ -35,9 +35,12 @@ class Attempted:
         self.run = start_run(store, freeze(loaded, [self._task])).run
         self.ledger = Ledger(self.run)
         self._said: list[Message] = []
-        self.finisher = Finisher(self.run, self.ledger, self._said.append)
+        self.finisher = Finisher(self.run, self.ledger, self._hear)
         settings = WorkerSettings(self.run.path, "cpu", 1, (), None, loaded.job.gates, 0, 0)
-        self._context = Context(settings, Ledger(self.run), self._said.append, self.finisher)
+        self._context = Context(settings, Ledger(self.run), self._hear, self.finisher)
+
+    def _hear(self, *messages: Message) -> None:
+        self._said += messages
 
     def outcome(self) -> TaskOutcome:
         """Make it and return what came of it."""
@@ -57,7 +60,7 @@ def test_the_bytes_say_how_long_a_disk_may_take(tmp_path: Path, monkeypatch: pyt
     now = time.monotonic()
     monkeypatch.setattr(finisher, "time", SimpleNamespace(monotonic=lambda: now))
     run = RunFolder(tmp_path)
-    it = Finisher(run, Ledger(run), lambda _: None)
+    it = Finisher(run, Ledger(run), lambda *_: None)
     assert not it.writes
     with it.bringing(int(20e9)):
         assert it.writes

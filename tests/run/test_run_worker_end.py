@@ -50,12 +50,12 @@ class Heard(Line):
         self.settings = WorkerSettings(self.run.path, "cpu", 1, (), None, loaded.job.gates, 0, 0)
         self.said: list[Message] = []
         self._ours, theirs = Pipe()
-        self._ours.send(RunTask(task))
+        self._ours.send((RunTask(task),))
         super().__init__(theirs)
 
-    def send(self, message: Message) -> None:
-        self.said.append(message)
-        if isinstance(message, TaskOutcome):
+    def send(self, *messages: Message) -> None:
+        self.said += messages
+        if any(isinstance(message, TaskOutcome) for message in messages):
             self._ours.close()
 
     @property

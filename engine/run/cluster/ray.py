@@ -26,8 +26,6 @@ from .ray_fleet import Fleet, Lane
 from .ray_losses import Losses
 from .ray_task import Order, Unseen, absolute_allow_list, environment_for
 
-_WORTH_S = 10.0
-"""Seconds of work that must be left of a model that somebody is at before a process is started just to help."""
 _LOOK_S = 2.0
 """Time between two looks at which nodes live."""
 _NOBODY_S = 600.0
@@ -119,11 +117,8 @@ class RayDispatcher:
         def may(item: Item) -> bool:
             return self._deadline.allows(item.task.plan.name, item.bytes)
 
-        def pays(model: str, waiting: int) -> bool:
-            seconds = self._tally.seconds_of(model)
-            return seconds is not None and (lane.model is not None or waiting * seconds >= _WORTH_S)
-
         others = frozenset(other.model for other in self._fleet.busy if other.model)
+        pays = self._tally.pays(started=lane.model is not None)
         return self._board.take(Asker(lane.model, others, may, pays), now)
 
     def _order(self, item: Item) -> Order:

@@ -8,31 +8,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ... import __version__, faults
-from ...job.expand import ModelSource, Task
+from ...job.expand import Task
 from ...models.factory import DEFAULT_MODULES, AllowList
 from ..failures import Failure, Mode
 from ..ledger import Ledger
-from ..messages import Message, Started, TaskOutcome, WorkerSettings
+from ..messages import Message, Send, Started, TaskOutcome, WorkerSettings
 from ..schedule.process import thread_variables, triton_cache
-from ..shared import SharedModel
 from ..store import RunFolder
 from ..worker.attempt import Attempt, Context
-from ..worker.caches import let_go
 from ..worker.finisher import Finisher
 from ..worker.heartbeat import Heartbeat
+from ..worker.held import HeldModel
 from ..worker.pinned import allocator
 from ..worker.prefetch import Prefetcher
 
 POISONED = 72
 """Exit code of a process whose device is lost to it; what came of its task is in the ledger."""
-_LASTING = frozenset({None, Failure.DATA, Failure.BUG})
-"""After these what is known of the model stays: another attempt would find the same."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +182,10 @@ class _Bench:
         self.settings, self._voice = settings, voice
         self._run = RunFolder(settings.run)
         self._ledger = Ledger(self._run)
-        self._allow = AllowList.default(settings.allow_code)
         self._prefetcher = Prefetcher(
             settings.readers, int(settings.read_ahead), allocate=allocator(settings.computes_on)
         )
-        self._shared: SharedModel | None = None
-        self._held: tuple[ModelSource, Mode] | None = None
+        self._model = HeldModel(settings, self._prefetcher)
         self._finisher: Finisher | None = None
         Heartbeat(voice.beat, lambda: self._prefetcher.bytes_read, self._writes)
 
@@ -199,21 +193,20 @@ class _Bench:
         """Make the attempt and wait until its outcome is kept."""
         ended: list[TaskOutcome] = []
 
-        def send(message: Message) -> None:
-            if isinstance(message, Started):
-                self._voice.begin(order, message.attempt, self.settings.device)
-            elif isinstance(message, TaskOutcome):
-                ended.append(message)
+        def send(*messages: Message) -> None:
+            for message in messages:
+                if isinstance(message, Started):
+                    self._voice.begin(order, message.attempt, self.settings.device)
+                elif isinstance(message, TaskOutcome):
+                    ended.append(message)
 
-        failure = self._made(order, send)
-        if failure not in _LASTING:
-            self._forget()
+        self._model.settle(self._made(order, send))
         return ended[0]
 
-    def _made(self, order: Order, send: Callable[[Message], None]) -> Failure | None:
+    def _made(self, order: Order, send: Send) -> Failure | None:
         self._finisher = finisher = Finisher(self._run, self._ledger, send)
         try:
-            shared = self._share(order)
+            shared = self._model.of(order.task.model, order.mode)
             return Attempt(order.task, order.mode, Context(self.settings, self._ledger, send, finisher), shared).run()
         finally:
             finisher.close()
@@ -221,24 +214,6 @@ class _Bench:
 
     def _writes(self) -> bool:
         return self._finisher is not None and self._finisher.writes
-
-    def _share(self, order: Order) -> SharedModel:
-        wanted = (order.task.model, order.mode)
-        if self._shared is None or self._held != wanted:
-            self._forget()
-            device, threads = order.mode.device(self.settings.computes_on), self.settings.threads
-            self._shared = SharedModel(order.task.model, self._allow, device, threads, read=self._prefetcher.take)
-            self._held = wanted
-        return self._shared
-
-    def _forget(self) -> None:
-        self._shared, self._held = None, None
-        torch = sys.modules.get("torch")
-        if torch is None:
-            return
-        let_go()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
 
 _bench: _Bench | None = None

@@ -113,7 +113,8 @@ class Board:
         if asker.model in self._waiting:
             yield asker.model
         held = self._waiting.keys() & asker.held_by_others
-        yield from [name for name in self._waiting if name not in held and name != asker.model]
+        # taking one changes what waits, and ends this
+        yield from (name for name in self._waiting if name not in held and name != asker.model)
         for name in sorted(held - {asker.model}, key=lambda name: (-self._left(name), name)):
             if asker.pays(name, len(self._waiting[name])):
                 yield name

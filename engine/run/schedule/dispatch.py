@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from ...errors import TaskTimeoutError, WorkerDiedError
-from ..failures import Failure, classify_exit
+from ..failures import Failure
 from ..ledger import Event, Kind
-from ..messages import Ready, Recall, Recalled, Started, TaskOutcome
-from .board import Asker, Board, Item
+from ..messages import Message, Ready, Recalled, Started, TaskOutcome
+from .board import Board
 from .deadline import Deadline
+from .handing import Handing
 from .interrupts import Interrupts
-from .process import Ended
+from .losses import EXIT_GRACE_S, Losses
 from .reserve import Promises
 from .roster import Roster
 from .slots import Slot
-from .tally import Tally
+from .tally import Tally, seconds_of
 
-EXIT_GRACE_S = 5.0
-"""How long a worker whose line broke may take to end by itself, so that its exit code is known."""
-_WORTH_S = 10.0
-"""Seconds of work that must be left in another slot's group before a worker is started just to help with it."""
 _LONGEST_WAIT_S = 3600.0
 """The system's own limit is 24 days."""
 _LATE_S = 1.0
@@ -54,9 +51,10 @@ class Dispatcher:
     ) -> None:
         """``observe`` hears now and then how many tasks are at work and how many workers live."""
         self._slots, self._board, self._tally, self._promises = slots, board, tally, promises
-        self._deadline, self._limits = deadline, limits
-        self._observe = observe
+        self._deadline, self._limits, self._observe = deadline, limits, observe
         self._roster = Roster(slots, tally.progress.note)
+        self._losses = Losses(board, tally, promises, self._roster)
+        self._handing = Handing(slots, board, tally, promises, deadline, self._roster, self._losses)
 
     def work(self, interrupts: Interrupts) -> str:
         """Do all that is on the board; return why some was left, in words, with the workers gone; empty if none was."""
@@ -65,12 +63,11 @@ class Dispatcher:
             while not reason and (self._board or self._busy()):
                 # one time for all: what is not yet due when it could be handed out must be waited for below
                 now, usable = time.monotonic(), len(self._roster.usable)
-                self._hand_out(now)
+                self._handing.hand_out(now)
                 if self._busy() or self._waiting_for_time(now):
                     self._show()
-                    self._await(
-                        interrupts, [self._board.wait_s(now), self._roster.rest_s(now), self._deadline.left_s()]
-                    )
+                    due = [self._board.wait_s(now), self._roster.rest_s(now), self._handing.call_back(now)]
+                    self._await(interrupts, [*due, self._deadline.left_s()])
                     self._enforce_limits()
                     reason = self._reason_to_end(interrupts)
                 elif len(self._roster.usable) == usable:  # else what was refused to others may be theirs now
@@ -79,52 +76,8 @@ class Dispatcher:
                 self._drain(interrupts, reason)
         finally:
             for slot in self._slots:
-                self._drop(slot)
+                self._losses.drop(slot)
         return reason if self._board else ""
-
-    # handing out
-
-    def _hand_out(self, now: float) -> None:
-        """Give every idle slot a task, and then every busy one its next."""
-        for slot in self._slots:
-            while self._roster.can_work(slot, now) and not slot.busy and self._give(slot, now):
-                pass
-        for slot in self._slots:
-            while self._roster.can_work(slot, now) and slot.busy and slot.hungry and self._give(slot, now):
-                pass
-
-    def _give(self, slot: Slot, now: float) -> bool:
-        """Give ``slot`` what is next for it; False where there is nothing. A worker may fail to start on it."""
-        item = self._next_for(slot, now)
-        if item is None:
-            return False
-        self._promises.make(slot, item)
-        try:
-            slot.give(item)
-        except OSError as error:
-            self._board.put_back(item)
-            self._false_start(slot, f"no worker could be started on {slot.device}: {error}")
-        return True
-
-    def _next_for(self, slot: Slot, now: float) -> Item | None:
-        if slot.given and slot.given[-1].history.mode.alone:
-            return None
-
-        def may(item: Item) -> bool:
-            if item.history.mode.alone and slot.busy:
-                return False
-            if slot.device in item.avoid and any(other.device not in item.avoid for other in self._roster.usable):
-                return False
-            if not self._deadline.allows(item.task.plan.name, item.bytes):
-                return False
-            return self._promises.possible(slot, item)
-
-        def pays(model: str, waiting: int) -> bool:
-            seconds = self._tally.seconds_of(model)
-            return seconds is not None and (slot.worker is not None or waiting * seconds >= _WORTH_S)
-
-        others = frozenset(other.model for other in self._slots if other is not slot and other.busy and other.model)
-        return self._board.take(Asker(slot.model, others, may, pays), now)
 
     # waiting and hearing
 
@@ -160,75 +113,38 @@ class Dispatcher:
                 slot.heard, slot.since = time.monotonic(), slot.since + late_s
 
     def _receive(self, slot: Slot) -> None:
-        message = slot.worker.receive() if slot.worker else None
-        if message is None:
-            self._bury(slot)
+        messages = slot.worker.receive() if slot.worker else None
+        if messages is None:
+            self._losses.bury(slot)
             return
         slot.ready, slot.false_starts, slot.heard = True, 0, time.monotonic()
+        for message in messages:
+            self._hear(slot, message)
+
+    def _hear(self, slot: Slot, message: Message) -> None:
         if isinstance(message, Started):
             slot.began(message)
         elif isinstance(message, TaskOutcome):
             self._take(slot, message)
         elif isinstance(message, Recalled):
-            for item in slot.recall(message.tasks):
+            for item in reversed(slot.recall(message.tasks)):
                 self._board.put_back(item)
             self._promises.release(slot)
         elif isinstance(message, Ready) and message.device_bytes is not None:
             self._promises.learn(slot.device, message.device_bytes)
 
     def _take(self, slot: Slot, outcome: TaskOutcome) -> None:
-        item = slot.settle(outcome.row.task)
+        item = slot.settle(outcome.row.task, seconds_of(outcome.row) if outcome.failure is None else None)
         if item is None:
             return
         self._tally.take(item, outcome)
         if outcome.poisoned:
-            self._drop(slot, EXIT_GRACE_S)
-            self._put_back_rest(slot)
+            self._losses.drop(slot, EXIT_GRACE_S)
+            self._losses.put_back(slot)
             self._roster.cordon(self._tally.cordoned)
         self._promises.release(slot)
 
     # ends of workers
-
-    def _bury(self, slot: Slot) -> None:
-        was_ready, idle = slot.ready, not slot.busy
-        ended = self._drop(slot, EXIT_GRACE_S)
-        self._tally.record(Event(Kind.WORKER_DIED, device=slot.device, error=ended.how))
-        if not was_ready:
-            self._false_start(slot, f"the worker on {slot.device} {ended.how} before it said a word")
-        elif not idle:
-            failure = Failure.CRASH if ended.code is None else classify_exit(ended.code)
-            self._lose(slot, failure, WorkerDiedError(f"the worker {ended.how} while it was at this task"))
-
-    def _false_start(self, slot: Slot, why: str) -> None:
-        """Put everything back; after some of these in a row the slot is given up."""
-        self._drop(slot)
-        self._put_back_rest(slot)
-        self._promises.release(slot)
-        self._roster.false_start(slot, why, time.monotonic())
-
-    def _drop(self, slot: Slot, grace_s: float = 0.0) -> Ended:
-        """End the worker of ``slot``; one that cannot be ended keeps the slot for good."""
-        ended = slot.drop_worker(grace_s)
-        if ended.lives:
-            self._roster.give_up([slot], f"the worker on {slot.device} {ended.how}; slot {slot.number} is given up")
-        return ended
-
-    def _lose(self, slot: Slot, failure: Failure, error: WorkerDiedError | TaskTimeoutError) -> None:
-        """Charge what the worker was at; what it had not begun is free, and so are two of which one was to blame."""
-        attempts = dict(slot.attempts)
-        begun = [item for item in slot.given if item.task.id in attempts] or slot.given[:1]
-        for item in begun:
-            slot.settle(item.task.id)
-        self._put_back_rest(slot)
-        self._tally.lose(begun, attempts, failure, error, slot.device)
-        self._promises.release(slot)
-
-    def _put_back_rest(self, slot: Slot) -> None:
-        for item in reversed(slot.given):
-            started = slot.attempts.get(item.task.id)
-            if started is None or not self._tally.finished_meanwhile(started):
-                self._board.put_back(item)
-        slot.given, slot.attempts = [], {}
 
     def _enforce_limits(self) -> None:
         now, limit_s, silent_s = time.monotonic(), self._limits.task_s, self._limits.silent_s
@@ -238,13 +154,13 @@ class Dispatcher:
             late = deadline is not None and now >= deadline
             if not (silent or late) or slot.worker is None or slot.worker.has_word():
                 continue  # what has come meanwhile is heard first
-            self._drop(slot)
+            self._losses.drop(slot)
             if silent:
                 text = f"no sign of work for {silent_s:g} s (resources.stuck_after): the worker was killed"
-                self._lose(slot, Failure.STUCK, WorkerDiedError(text))
+                self._losses.lose(slot, Failure.STUCK, WorkerDiedError(text))
             else:
                 text = f"not finished after {limit_s:g} s (resources.task_timeout): raise it, or leave the task out"
-                self._lose(slot, Failure.TIMEOUT, TaskTimeoutError(text))
+                self._losses.lose(slot, Failure.TIMEOUT, TaskTimeoutError(text))
 
     # ends of the run
 
@@ -274,8 +190,8 @@ class Dispatcher:
         """Call back what has not begun and give what has its time of grace; a second signal ends at once."""
         end = time.monotonic() + self._limits.grace_s
         for slot in self._slots:
-            if slot.worker is not None and slot.busy:
-                slot.worker.send(Recall())
+            if slot.busy:
+                slot.call_back()
         at_work = sum(len(slot.attempts) for slot in self._slots)
         if at_work:
             grace = f"up to {self._limits.grace_s:g} s for {at_work} at work; a second signal ends at once"
@@ -285,9 +201,10 @@ class Dispatcher:
             self._await(interrupts, [end - time.monotonic()])
             self._enforce_limits()
         for slot in self._slots:
-            self._drop(slot)
+            self._losses.drop(slot)
+            attempts = self._losses.attempts(slot)
             for item in list(slot.given):
-                started = slot.attempts.get(item.task.id)
+                started = attempts.get(item.task.id)
                 if started is not None:
                     self._tally.interrupt(item, started, slot.device)
                 if item.task.id not in self._tally.settled:

@@ -63,10 +63,10 @@ class WorkerProcess:
         """
         return [self.connection] if self._sentinel is None else [self.connection, self._sentinel]
 
-    def send(self, message: ToWorker) -> None:
-        """Send ``message``; a worker that is gone is noticed by the next ``receive``."""
+    def send(self, *messages: ToWorker) -> None:
+        """Send ``messages`` at once; a worker that is gone is noticed by the next ``receive``."""
         try:
-            self.connection.send(message)
+            self.connection.send(messages)
         except OSError:
             return
 
@@ -74,15 +74,15 @@ class WorkerProcess:
         """Tell whether ``receive`` has something to return."""
         return self.connection.poll()
 
-    def receive(self) -> Message | None:
-        """Return the next message, or None where the worker is gone. Called when one of ``signs`` is readable."""
+    def receive(self) -> tuple[Message, ...] | None:
+        """Return the next messages, or None where the worker is gone. Called when one of ``signs`` is readable."""
         try:
             if not self.connection.poll():
                 return None  # it has ended, and something that it forked still holds the line
-            message: Message = self.connection.recv()
+            messages: tuple[Message, ...] = self.connection.recv()
         except (EOFError, OSError):  # a worker that is killed in mid-word leaves half of it
             return None
-        return message
+        return messages
 
     def kill(self, grace_s: float = 0.0) -> Ended:
         """Kill the worker's whole group and tell how the worker ended, such as ``was ended by SIGKILL``.

@@ -86,9 +86,9 @@ class Promises:
 
 
 def _needs(slot: Slot, item: Item) -> tuple[float, float]:
-    """Return bytes of host and device: the larger of those at hand, and the input that is read ahead."""
+    """Return bytes of host and device: the larger of those at hand, and the largest input that may be read ahead."""
     held = [*slot.given, item]
-    ahead = item.bytes if slot.given and slot.given[-1].model != item.model else 0
+    ahead = max((each.bytes for each in held if each.model != held[0].model), default=0)
     on_device = (0.0 if each.history.mode.on_cpu else each.device_bytes for each in held)
     return max(each.host_bytes for each in held) + ahead, max(on_device)
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
-from ..messages import RunTask, Started, WorkerSettings
+from ..messages import Recall, RunTask, Started, WorkerSettings
 from .board import Item
 from .devices import visible_as
 from .process import Ended, WorkerProcess
 
 BOOT_S = 120.0
 """What a worker may take to start, on top of a task's own limit, before its first word."""
+_AHEAD_S = 0.1
+_MOST_AHEAD = 16
+"""So many seconds of work, and so many tasks at most, wait at a worker whose tasks end before a word goes round."""
+_UNHEARD_S = 2.0
+"""How long a worker with tasks waiting may keep the beginning of one to itself, at most."""
+_SEEN = 8
 
 
 @dataclass
@@ -39,6 +47,15 @@ class Slot:
     """Monotonic time before which no worker is started."""
     model: str | None = None
     """Name of the model given last, which the worker has in memory or will have."""
+    pid: int = 0
+    born: datetime | None = None
+    """Process id of the worker and when it was started, also of one that is gone."""
+    unsent: list[RunTask] = field(default_factory=list)
+    """What was given since ``send``."""
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_SEEN))
+    """What the last tasks took here."""
+    called_back: bool = False
+    """The worker was asked for what it has not begun, and has not answered."""
 
     @property
     def device(self) -> str:
@@ -51,27 +68,50 @@ class Slot:
         return bool(self.given)
 
     @property
-    def hungry(self) -> bool:
-        """True where the worker would soon have nothing to begin."""
-        return len(self.given) - len(self.attempts) < (1 if self.attempts or not self.given else 2)
+    def waiting(self) -> int:
+        """How many of the given tasks have not begun, as far as is known."""
+        return len(self.given) - len(self.attempts)
+
+    def wants(self, fair: int) -> int:
+        """Return how many tasks to give now, so that the worker never waits for word and at most ``fair`` wait there.
+
+        One waits where tasks take their time, more where the last ones ended at once.
+        """
+        mean_s = sum(self.seconds) / len(self.seconds) if self.seconds else _AHEAD_S
+        ahead = max(1, min(fair, _MOST_AHEAD, int(_AHEAD_S / max(mean_s, 1e-6))))
+        most = ahead if self.attempts or not self.given else ahead + 1
+        return most - self.waiting if self.waiting <= most // 2 else 0
 
     @property
     def at_work(self) -> Item | None:
         """The item whose attempt began last; None where none is known."""
-        started = [item for item in self.given if item.task.id in self.attempts]
-        return started[-1] if started else None
+        return next((item for item in reversed(self.given) if item.task.id in self.attempts), None)
 
     def give(self, item: Item) -> None:
-        """Hand an item to the worker, starting one where there is none; OSError where that fails."""
+        """Have an item for the worker with the next ``send``, starting one if need be; OSError where that fails."""
         if self.worker is None:
             self.ready, self.heard = False, time.monotonic() + BOOT_S
+            self.born = datetime.now(UTC)
             self.worker = WorkerProcess(self.settings)
+            self.pid = self.worker.pid
         if not self.busy:
             self.heard = max(self.heard, time.monotonic())
             self.since = self.heard
         self.given.append(item)
         self.model = item.model
-        self.worker.send(RunTask(item.task, item.history.mode))
+        self.unsent.append(RunTask(item.task, item.history.mode))
+
+    def send(self) -> None:
+        """Hand the worker what was given."""
+        unsent, self.unsent = self.unsent, []
+        if unsent and self.worker is not None:
+            self.worker.send(*unsent)
+
+    def call_back(self) -> None:
+        """Ask the worker for what it has not begun."""
+        if self.worker is not None:
+            self.called_back = True
+            self.worker.send(Recall())
 
     def began(self, started: Started) -> None:
         """Note that the worker has begun an attempt."""
@@ -82,10 +122,14 @@ class Slot:
         """Return the monotonic time at which the task at hand is over its limit; None where there is none."""
         if limit_s is None or not self.busy:
             return None
-        return self.since + limit_s + (0.0 if self.ready else BOOT_S)
+        return self.since + limit_s + (_UNHEARD_S if self.waiting > 1 else 0.0) + (0.0 if self.ready else BOOT_S)
 
-    def settle(self, task: str) -> Item | None:
-        """Note that ``task`` has its outcome; return its item."""
+    def settle(self, task: str, seconds: float | None = None) -> Item | None:
+        """Note that ``task`` has its outcome, after ``seconds`` (None: not known); return its item."""
+        if seconds is None:
+            self.seconds.clear()
+        else:
+            self.seconds.append(seconds)
         self.attempts.pop(task, None)
         for item in self.given:
             if item.task.id == task:
@@ -94,7 +138,9 @@ class Slot:
         return None
 
     def recall(self, tasks: Sequence[str]) -> list[Item]:
-        """Note that the worker will not begin ``tasks``; return their items."""
+        """Note that the worker will not begin ``tasks``; return their items. What comes next is not given so early."""
+        self.called_back = False
+        self.seconds.clear()
         items = [item for item in self.given if item.task.id in tasks]
         self.given = [item for item in self.given if item.task.id not in tasks]
         return items
@@ -104,6 +150,9 @@ class Slot:
         if self.worker is None:
             return Ended(None, "could not be started")
         worker, self.worker, self.model = self.worker, None, None
+        self.called_back = False
+        self.seconds.clear()
+        self.unsent.clear()
         return worker.kill(grace_s)
 
 

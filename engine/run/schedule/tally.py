@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -23,6 +23,8 @@ from .progress import Progress
 
 _CORDON = 2
 """How many different tasks must poison a device before it is left alone."""
+_WORTH_S = 10.0
+"""Seconds of work that must be left of a model that somebody is at before a process is started just to help."""
 _TAIL_LINES = 8
 _TAIL_BYTES = 16384
 
@@ -72,6 +74,18 @@ class Tally:
         seen = self._seconds.get(model)
         return sum(seen) / len(seen) if seen else None
 
+    def pays(self, *, started: bool) -> Callable[[str, int], bool]:
+        """Return what tells whether a model that somebody is at pays to be loaded for so many tasks that wait.
+
+        ``started``: there is a process that would do it.
+        """
+
+        def told(model: str, waiting: int) -> bool:
+            seconds = self.seconds_of(model)
+            return seconds is not None and (started or waiting * seconds >= _WORTH_S)
+
+        return told
+
     def take(self, item: Item, outcome: TaskOutcome) -> None:
         """Take an outcome that a worker has brought; a failed one is tried again while its budget lasts."""
         row = outcome.row
@@ -111,6 +125,20 @@ class Tally:
         attempt = started.attempt if started else uuid.uuid4().hex[:12]
         row = bare_row(self.run, item.task, "failed", attempt, device)
         self._after_failure(item, failure, failed(row, self._with_log(item.task, error, started)))
+
+    def begun_by(self, pid: int, since: datetime | None, items: Sequence[Item]) -> dict[str, Started]:
+        """Return the attempts at ``items``, by task, that the worker ``pid``, started at ``since``, has in the ledger.
+
+        So what it began, or even finished, without being heard is known when it is gone.
+        """
+        try:
+            states = fold(self.run) if items and since else {}
+        except OSError:
+            return {}
+        found = ((item.task.id, states.get(item.task.id)) for item in items)
+        return {
+            task: Started(task, state.attempt) for task, state in found if state and since and state.is_by(pid, since)
+        }
 
     def finished_meanwhile(self, started: Started) -> bool:
         """Tell whether a worker kept its outcome but died before it could say so; the task is settled then.
@@ -200,7 +228,7 @@ class Tally:
             self.progress.note(f"{row.task} failed: {row.error_class}")  # the text comes in the end
 
     def _learn(self, item: Item, row: ModelRow) -> None:
-        spent = sum(part or 0.0 for part in (row.read_s, row.compress_s, row.write_s, row.evaluate_s))
+        spent = seconds_of(row)
         self._seconds.setdefault(item.model, []).append(spent)
         if row.status == "done":
             self._deadline.observe(row.bit_plan, item.bytes, spent)
@@ -226,3 +254,8 @@ class Tally:
         except OSError:
             return []
         return [line for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+
+
+def seconds_of(row: ModelRow) -> float:
+    """Return what a task took of its worker's time."""
+    return sum(part or 0.0 for part in (row.read_s, row.compress_s, row.write_s, row.evaluate_s))

@@ -22,7 +22,7 @@ from ...job.expand import Task
 from ...report.rows import LayerRow, ModelRow
 from ..failures import Failure, Mode, classify
 from ..ledger import Event, Kind, Ledger
-from ..messages import Message, Started, TaskOutcome, WorkerSettings
+from ..messages import Send, Started, TaskOutcome, WorkerSettings
 from ..outcome import bare_row, failed, judged, layer_rows, with_manifest, with_scores
 from ..shared import SharedModel
 from ..store import RunFolder, Store
@@ -46,7 +46,7 @@ class Context:
 
     settings: WorkerSettings
     ledger: Ledger
-    send: Callable[[Message], None]
+    send: Send
     finisher: Finisher
 
     @property

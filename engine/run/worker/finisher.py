@@ -16,7 +16,7 @@ from ...report.parts import write_parts
 from ...report.rows import LayerRow, ModelRow
 from ..failures import classify
 from ..ledger import Event, Kind, Ledger
-from ..messages import Message, TaskOutcome
+from ..messages import Send, TaskOutcome
 from ..outcome import failed
 from ..store import RunFolder
 from .attempt_log import append_traceback
@@ -37,7 +37,7 @@ BROKEN = 71
 class Finisher:
     """Steps are done in the order in which they were brought, each after the one before has ended."""
 
-    def __init__(self, run: RunFolder, ledger: Ledger, send: Callable[[Message], None]) -> None:
+    def __init__(self, run: RunFolder, ledger: Ledger, send: Send) -> None:
         self._run, self._ledger, self._send = run, ledger, send
         self._steps: queue.Queue[_Step | None] = queue.Queue(_AHEAD)
         self._ended: list[_Ended] = []
@@ -111,8 +111,7 @@ class Finisher:
             return
         outcomes = [outcome if problem is None else self._unkept(outcome, problem) for outcome, _ in ended]
         problem = self._record([_event(outcome) for outcome in outcomes])
-        for outcome in outcomes:
-            self._send(outcome if problem is None else self._unkept(outcome, problem))
+        self._send(*(outcome if problem is None else self._unkept(outcome, problem) for outcome in outcomes))
 
     def _keep(self, rows: list[tuple[ModelRow, list[LayerRow]]]) -> Exception | None:
         try:

@@ -22,9 +22,14 @@ class Heartbeat:
     """
 
     def __init__(
-        self, beat: Callable[[], None], counter: Callable[[], int], writing: Callable[[], bool] = lambda: False
+        self,
+        beat: Callable[[], None],
+        counter: Callable[[], int],
+        writing: Callable[[], bool] = lambda: False,
+        always: Callable[[], None] = lambda: None,
     ) -> None:
-        self._beat, self._counter, self._writing = beat, counter, writing
+        """``always`` is called every period, whatever is seen."""
+        self._beat, self._counter, self._writing, self._always = beat, counter, writing, always
         self._clock = _main_thread_clock()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -35,6 +40,7 @@ class Heartbeat:
             now = self._signs()
             if now[0] - last[0] >= _WORK_S or now[1] != last[1] or self._writing():
                 self._beat()
+            self._always()
             last = now
 
     def _signs(self) -> tuple[float, int]:

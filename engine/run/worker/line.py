@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from ...job.expand import ModelSource
 from ..messages import Message, Recall, Recalled, RunTask
 
 
@@ -15,47 +16,76 @@ class Line:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
+        self._held: list[Message] = []
 
-    def send(self, message: Message) -> None:
-        """Send ``message``; where the scheduler is gone nothing happens, the reading side notices."""
+    def send(self, *messages: Message) -> None:
+        """Send ``messages``, after what was held; where the scheduler is gone the reading side notices."""
         with self._lock:
+            words, self._held = (*self._held, *messages), []
             try:
-                self._connection.send(message)
+                self._connection.send(words)
             except (ConnectionError, OSError):
                 return
 
-    def receive(self) -> RunTask | Recall | None:
-        """Return the scheduler's next word; None where it is gone or has closed the line."""
+    def hold(self, *messages: Message) -> None:
+        """Send ``messages`` with the next ones: what nobody waits for need not wake the scheduler."""
+        with self._lock:
+            self._held += messages
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self.send()
+
+    def receive(self) -> tuple[RunTask | Recall, ...] | None:
+        """Return the scheduler's next words; None where it is gone or has closed the line."""
         try:
-            message: RunTask | Recall = self._connection.recv()
+            words: tuple[RunTask | Recall, ...] = self._connection.recv()
         except (EOFError, ConnectionError, OSError):
             return None
-        return message
+        return words
 
 
 class Inbox:
-    """The tasks that were sent and not begun, filled by a thread of its own; ``arrived`` hears of each at once."""
+    """The tasks that were sent and not begun, filled by a thread of its own; it calls ``arrived`` after each word."""
 
-    def __init__(self, line: Line, arrived: Callable[[RunTask], None]) -> None:
+    def __init__(self, line: Line, arrived: Callable[[], None]) -> None:
         self._line, self._arrived = line, arrived
         self._orders: deque[RunTask] = deque()
+        self._begun: ModelSource | None = None
         self._changed = threading.Condition()
         self._closed = False
         threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self._orders)
 
     def next(self) -> RunTask | None:
         """Wait for a task and return it; None where the line is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._orders)
-            return None if self._closed else self._orders.popleft()
+            if self._closed:
+                return None
+            order = self._orders.popleft()
+            self._begun = order.task.model
+            return order
+
+    def model_after(self, read: ModelSource | None) -> ModelSource | None:
+        """Return the model to read when ``read`` was read last; None where none waits or that at work is to be read."""
+        with self._changed:
+            if self._begun is not None and self._begun != read:
+                return None
+            return next((order.task.model for order in self._orders if order.task.model != read), None)
 
     def _listen(self) -> None:
         try:
-            while (message := self._line.receive()) is not None:
-                if isinstance(message, RunTask):
-                    self._put(message)
-                else:
-                    self._give_back()
+            while (words := self._line.receive()) is not None:
+                for word in words:
+                    if isinstance(word, RunTask):
+                        self._put(word)
+                    else:
+                        self._give_back()
+                self._arrived()
         finally:  # whatever ends this thread: a worker that no longer hears must not wait for ever
             with self._changed:
                 self._closed = True
@@ -65,7 +95,6 @@ class Inbox:
         with self._changed:
             self._orders.append(order)
             self._changed.notify()
-        self._arrived(order)
 
     def _give_back(self) -> None:
         with self._changed:
