@@ -1,6 +1,7 @@
 """Images made from nothing: seeded 1/f noise, every image with a slope, contrast, brightness and colour of its own.
 
-When they change, so must NOISE_VERSION of settings.py, which enters the keys.
+Inputs that are no images get them (synthetic.py). When they change, so must SYNTHETIC_VERSION of settings.py, which
+enters the keys.
 """
 
 from __future__ import annotations

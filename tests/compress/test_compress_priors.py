@@ -9,7 +9,7 @@ from dfmpc.compress.priors import distilled as distilled_module
 from dfmpc.compress.priors import noise as noise_module
 from dfmpc.errors import DataError, NonFiniteError, UnsupportedModelError, UsageError
 from dfmpc.evaluate.noise import noise_images
-from dfmpc.evaluate.settings import NOISE_VERSION
+from dfmpc.evaluate.settings import SYNTHETIC_VERSION
 from dfmpc.job.expand import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
@@ -36,11 +36,11 @@ def test_the_bytes_of_a_seed_are_fixed(prior):
     assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == GOLDEN[prior]
 
 
-def test_the_noise_of_evaluations_is_still_that_of_version_2():
+def test_the_noise_of_evaluations_is_still_that_of_its_version():
     """It shares its fields with the priors, and stored scores were measured on it."""
     images = noise_images(2, (3, 8, 8), 0, (0.0,) * 3, (1.0,) * 3)
     expected = torch.tensor([0.8749842, 0.7116978, 0.0613481])
-    assert NOISE_VERSION == 2
+    assert SYNTHETIC_VERSION == 3
     torch.testing.assert_close(images[0, 0, 0, :3], expected, atol=1e-6, rtol=0)
 
 
