@@ -19,60 +19,6 @@ def two_to_the(exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
-def round_half_even(x: tl.tensor) -> tl.tensor:
-    """Round float64 below 2^51 half to even: adding 1.5 * 2^52 leaves no room for a fraction."""
-    return (x + 6755399441055744.0) - 6755399441055744.0
-
-
-@jit
-def exact_sum(terms: tl.tensor) -> tl.tensor:
-    """Round float64 terms [rows, block] and add them to int64 [rows] (sums.exact_total)."""
-    return tl.sum(round_half_even(terms).to(tl.int64), axis=1)
-
-
-@jit
-def magnitude_bits(x: tl.tensor) -> tl.tensor:
-    """Return the bits of float32 |x| as int32: they order as magnitudes do, with Inf and then NaN on top."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@jit
-def locate(
-    rows: tl.tensor, length: tl.tensor, group_size: tl.tensor, groups: tl.tensor, ROWS: tl.constexpr
-) -> tl.tensor:
-    """Return this program's rows [ROWS], which of them exist, its group, that group's first column and its extent."""
-    pid = tl.program_id(0).to(tl.int64)
-    i_group = pid % groups
-    o_row = (pid // groups) * ROWS + tl.arange(0, ROWS)
-    start = i_group * group_size
-    return o_row, o_row < rows, i_group, start, tl.minimum(group_size, length - start)
-
-
-@jit
-def segment_extremes(
-    segment_ptr: tl.tensor,
-    m_row: tl.tensor,
-    count: tl.tensor,
-    group_size: tl.tensor,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """Return float32 largest magnitude, minimum and maximum [ROWS] of the first ``count`` columns; 0 for no row."""
-    b_bits = tl.zeros((ROWS,), dtype=tl.int32)
-    b_minimum = tl.full((ROWS,), float("inf"), dtype=tl.float32)
-    b_maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    for first in range(0, group_size, BLOCK):
-        o_column = first + tl.arange(0, BLOCK)
-        mask = m_row[:, None] & (o_column < count)[None, :]
-        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_bits = tl.maximum(b_bits, tl.max(magnitude_bits(b_w), axis=1))
-        b_minimum = tl.minimum(b_minimum, tl.min(tl.where(mask, b_w, float("inf")), axis=1))
-        b_maximum = tl.maximum(b_maximum, tl.max(tl.where(mask, b_w, float("-inf")), axis=1))
-    b_absmax = b_bits.to(tl.float32, bitcast=True)
-    return b_absmax, tl.where(m_row, b_minimum, 0.0), tl.where(m_row, b_maximum, 0.0)
-
-
-@jit
 def store_codes(
     packed_ptr: tl.tensor,
     codes: tl.tensor,

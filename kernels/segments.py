@@ -108,6 +108,12 @@ def row_parts(length: int, group_size: int) -> list[Part]:
     return parts
 
 
+def segment_sizes(format: CodeFormat) -> Tensor:
+    """Return the elements of each of a row's segments, int64 [groups]."""
+    starts = torch.arange(format.groups) * format.group_size
+    return (format.length - starts).clamp(max=format.group_size)
+
+
 def nothing(format: CodeFormat, weight: Tensor) -> Quantized:
     """Return the codes of a weight without elements."""
     rows, shape = weight.shape[0], (1, 1) if format.layer_wise else (weight.shape[0], format.groups)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .device import exact_sum, exponent_of, locate, segment_extremes, two_to_the
-from .launch import launch_shape, on_device, use_triton
-from .segments import check_weight, row_chunks, row_parts
+from .device import exponent_of, two_to_the
+from .formats import Grid
+from .launch import use_triton
+from .segments import check_weight, code_format, row_chunks, row_parts
 from .sums import exact_total, exponents, fineness, power_of_two
+from .table import Batch
+from .tiles import add_two, item_of, largest_bits, load_tile, segments_of, tile_range, tile_sums, without_pattern
 
 
 @dataclass(frozen=True)
@@ -78,71 +81,117 @@ def _segment_totals(segments: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 @jit
 def statistics_kernel(
-    weight_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    programs_ptr: tl.tensor,
     absmax_ptr: tl.tensor,
     minimum_ptr: tl.tensor,
     maximum_ptr: tl.tensor,
     abs_ptr: tl.tensor,
     square_ptr: tl.tensor,
-    rows: tl.tensor,
-    length: tl.tensor,
-    group_size: tl.tensor,
-    groups: tl.tensor,
     FINENESS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KINDS: tl.constexpr,
+    WARPS: tl.constexpr,
 ) -> None:
-    """Extremes of [ROWS] segments, then sum rint(|w| 2^(F-e)) and sum rint(w² 2^(F-2e)) with max|w| < 2^e."""
-    o_row, m_row, i_group, start, count = locate(rows, length, group_size, groups, ROWS)
-    segment_ptr = weight_ptr + o_row[:, None] * length + start
+    """Extremes of segments, then sum rint(|w| 2^(F-e)) and sum rint(w² 2^(F-2e)) with max|w| < 2^e."""
+    item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            _statistics_tile(
+                item_ptr,
+                i_tile,
+                absmax_ptr,
+                minimum_ptr,
+                maximum_ptr,
+                abs_ptr,
+                square_ptr,
+                FINENESS,
+                DTYPE,
+                max(1, 32 * WARPS // (KINDS[k] // 4096)),
+                KINDS[k] // 4096,
+                KINDS[k] // 4 % 16,
+                KINDS[k] // 64 % 64,
+                KINDS[k] // 2 % 2 == 1,
+                KINDS[k] % 2 == 1,
+            )
 
-    b_absmax, b_minimum, b_maximum = segment_extremes(segment_ptr, m_row, count, group_size, ROWS, BLOCK)
-    b_e = exponent_of(b_absmax)
-    b_abs_unit = two_to_the(FINENESS - b_e)[:, None]
-    b_square_unit = two_to_the(FINENESS - 2 * b_e)[:, None]
 
-    b_abs = tl.zeros((ROWS,), dtype=tl.int64)
-    b_square = tl.zeros((ROWS,), dtype=tl.int64)
-    for first in range(0, group_size, BLOCK):
-        o_column = first + tl.arange(0, BLOCK)
-        mask = m_row[:, None] & (o_column < count)[None, :]
-        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-        b_abs += exact_sum(tl.abs(b_w) * b_abs_unit)
-        b_square += exact_sum(b_w * b_w * b_square_unit)
+@jit
+def _statistics_tile(
+    item_ptr: tl.tensor,
+    i_tile: tl.tensor,
+    absmax_ptr: tl.tensor,
+    minimum_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    abs_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    FINENESS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+    V: tl.constexpr,
+    NC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOOP: tl.constexpr,
+) -> None:
+    STEP: tl.constexpr = NC * T * V
+    here, m_row, count, o_output, _ = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
+    b_low = tl.full((ROWS, T), float("inf"), dtype=tl.float32)
+    b_high = tl.full((ROWS, T), float("-inf"), dtype=tl.float32)
+    if LOOP:
+        for first in range(0, count, STEP):
+            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            b_bits = tl.maximum(b_bits, largest_bits(chunks, ROWS, T, NC))
+            b_least, b_most = tile_range(chunks, m_row, count, first, ROWS, T, V, NC, ALIGNED)
+            b_low, b_high = tl.minimum(b_low, b_least), tl.maximum(b_high, b_most)
+    else:
+        chunks = load_tile(here, m_row, count, 0, T, V, NC, ALIGNED)
+        b_bits = largest_bits(chunks, ROWS, T, NC)
+        b_low, b_high = tile_range(chunks, m_row, count, 0, ROWS, T, V, NC, ALIGNED)
+    b_absmax = tl.max(b_bits, axis=1).to(tl.float32, bitcast=True)
+    b_unit = two_to_the(FINENESS // 2 - exponent_of(b_absmax))[:, None, None]
 
-    o_segment = o_row * groups + i_group
-    tl.store(absmax_ptr + o_segment, b_absmax, mask=m_row)
-    tl.store(minimum_ptr + o_segment, b_minimum, mask=m_row)
-    tl.store(maximum_ptr + o_segment, b_maximum, mask=m_row)
-    tl.store(abs_ptr + o_segment, b_abs, mask=m_row)
-    tl.store(square_ptr + o_segment, b_square, mask=m_row)
+    steps = 1
+    b_sum = tl.zeros((ROWS, T), dtype=tl.int64)
+    b_square = tl.zeros((ROWS, T), dtype=tl.int64)
+    if LOOP:
+        steps = (count + STEP - 1) // STEP
+        for first in range(0, count, STEP):
+            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            b_some, b_more = tile_sums(chunks, b_unit, FINENESS, ROWS, T, NC)
+            b_sum += b_some
+            b_square += b_more
+    else:
+        b_sum, b_square = tile_sums(chunks, b_unit, FINENESS, ROWS, T, NC)
+    b_total, b_squares = tl.reduce((b_sum, b_square), 1, add_two)
+
+    tl.store(absmax_ptr + o_output, b_absmax, mask=m_row)
+    tl.store(minimum_ptr + o_output, tl.min(b_low, axis=1), mask=m_row)
+    tl.store(maximum_ptr + o_output, tl.max(b_high, axis=1), mask=m_row)
+    tl.store(abs_ptr + o_output, without_pattern(b_total, steps * STEP), mask=m_row)
+    tl.store(square_ptr + o_output, without_pattern(b_squares, steps * STEP), mask=m_row)
 
 
 def row_statistics_triton(weight: Tensor, group_size: int) -> RowStatistics:
-    """Launch the kernel; see ``row_statistics_reference``."""
+    """Launch the kernel on one tensor; see ``row_statistics_reference``."""
     check_weight(weight, group_size)
-    weight = weight.contiguous()
     rows, length = weight.shape
-    group_size, groups = min(group_size, length), _group_count(length, group_size)
-    totals, bits = _Totals.filled(rows, groups, weight.device), fineness(group_size)
     if weight.numel() == 0:
-        return _finish(totals, bits)
-    shape = launch_shape(rows, group_size)
-    with on_device(weight):
-        statistics_kernel[(-(-rows // shape.rows) * groups,)](
-            weight,
-            *totals.fields,
-            rows,
-            length,
-            group_size,
-            groups,
-            FINENESS=bits,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            num_warps=shape.num_warps,
-            enable_fp_fusion=False,
-        )
-    return _finish(totals, bits)
+        totals = _Totals.filled(rows, _group_count(length, group_size), weight.device)
+        return _finish(totals, fineness(min(group_size, length)))
+    # the width matters only to codes, and none are written
+    format = code_format(weight, Grid.SYMMETRIC, 8, group_size, layer_wise=False)
+    return statistics_batch(Batch.of(weight, format))[0]
+
+
+def statistics_batch(batch: Batch) -> list[RowStatistics]:
+    """Launch the kernel once over all tensors of ``batch``; see ``row_statistics_reference``."""
+    floats = [batch.flat(torch.float32) for _ in range(3)]
+    totals = [batch.flat(torch.int64) for _ in range(2)]
+    batch.launch(statistics_kernel, *floats, *totals, FINENESS=batch.fineness)
+    found = (_Totals(*(entry.segmented(flat) for flat in (*floats, *totals))) for entry in batch.entries)
+    return [_finish(one, batch.fineness) for one in found]
 
 
 def _finish(totals: _Totals, bits: int) -> RowStatistics:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl
-from .device import exact_sum, exponent_of, locate, round_half_even, segment_extremes, store_codes, two_to_the
 from .formats import CodeFormat, Grid, Quantized
-from .launch import launch_shape, on_device, use_triton
+from .launch import use_triton
 from .packing import pack_reference
-from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts
-from .statistics import row_statistics_reference, row_statistics_triton
+from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts, segment_sizes
+from .statistics import row_statistics_reference, statistics_batch
 from .sums import exact_total, exponents, fineness, power_of_two, tree_sum
+from .table import Batch
+from .ternary_kernel import ternary_kernel
 
 THRESHOLD = 0.7
 """Of the mean magnitude: the minimiser of the squared error for normal and uniform weights, approximately."""
@@ -46,108 +46,38 @@ def _segment_codes(segments: Tensor, bits: int, threshold: Tensor | None) -> tup
     return codes, (absmax, absmax, squares, kept, count, segments.shape[1] - count)
 
 
-@jit
-def ternary_kernel(
-    weight_ptr: tl.tensor,
-    threshold_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
-    absmax_ptr: tl.tensor,
-    bound_ptr: tl.tensor,
-    square_ptr: tl.tensor,
-    kept_ptr: tl.tensor,
-    count_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    rows: tl.tensor,
-    length: tl.tensor,
-    group_size: tl.tensor,
-    groups: tl.tensor,
-    row_bytes: tl.tensor,
-    FINENESS: tl.constexpr,
-    LAYER_WISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Codes t + 1 with t = sign(w) where |w| > float32(0.7 mean|w|), else 0; totals of w² and of the kept |w|."""
-    o_row, m_row, i_group, start, count = locate(rows, length, group_size, groups, ROWS)
-    segment_ptr = weight_ptr + o_row[:, None] * length + start
-
-    b_absmax, _, _ = segment_extremes(segment_ptr, m_row, count, group_size, ROWS, BLOCK)
-    b_e = exponent_of(b_absmax)
-    b_unit = two_to_the(FINENESS - b_e)[:, None]
-
-    b_total = tl.zeros((ROWS,), dtype=tl.int64)
-    b_square = tl.zeros((ROWS,), dtype=tl.int64)
-    for first in range(0, group_size, BLOCK):
-        o_column = first + tl.arange(0, BLOCK)
-        mask = m_row[:, None] & (o_column < count)[None, :]
-        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-        b_total += exact_sum(tl.abs(b_w) * b_unit)
-        b_square += exact_sum(b_w * b_w * two_to_the(FINENESS - 2 * b_e)[:, None])
-    if LAYER_WISE:
-        b_threshold = tl.load(threshold_ptr + tl.zeros((ROWS,), dtype=tl.int32))
-    else:
-        b_mean = b_total.to(tl.float64) * two_to_the(b_e - FINENESS) / count.to(tl.float64)
-        b_threshold = (0.7 * b_mean).to(tl.float32)
-
-    b_kept = tl.zeros((ROWS,), dtype=tl.int64)
-    b_count = tl.zeros((ROWS,), dtype=tl.int64)
-    o_start = o_row * row_bytes + start * 2 // 8
-    for first in range(0, group_size, BLOCK):
-        o_column = first + tl.arange(0, BLOCK)
-        mask = m_row[:, None] & (o_column < count)[None, :]
-        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_plus = b_w > b_threshold[:, None]
-        b_minus = -b_w > b_threshold[:, None]
-        b_above = b_plus | b_minus
-        b_term = round_half_even(tl.abs(b_w).to(tl.float64) * b_unit).to(tl.int64)
-        b_kept += tl.sum(tl.where(b_above, b_term, 0), axis=1)
-        b_count += tl.sum(b_above.to(tl.int64), axis=1)
-        b_code = tl.where(mask, 1 + b_plus.to(tl.int64) - b_minus.to(tl.int64), 0)
-        store_codes(packed_ptr, b_code, o_start, first, count, m_row, 2, ROWS, BLOCK)
-
-    o_segment = o_row * groups + i_group
-    tl.store(absmax_ptr + o_segment, b_absmax, mask=m_row)
-    tl.store(bound_ptr + o_segment, b_absmax, mask=m_row)
-    tl.store(square_ptr + o_segment, b_square, mask=m_row)
-    tl.store(kept_ptr + o_segment, b_kept, mask=m_row)
-    tl.store(count_ptr + o_segment, b_count, mask=m_row)
-    tl.store(zero_ptr + o_segment, count - b_count, mask=m_row)
-
-
 def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
-    """Launch the kernel; see ``ternary_reference``."""
+    """Launch the kernel on one tensor; see ``ternary_reference``."""
     format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
-    if weight.numel() == 0:
-        return nothing(format, weight)
-    weight = weight.contiguous()
-    (rows, length), threshold = weight.shape, weight
-    if layer_wise:
-        statistics = row_statistics_triton(weight, length)
+    return ternary_batch(Batch.of(weight, format))[0] if weight.numel() else nothing(format, weight)
+
+
+def ternary_batch(batch: Batch) -> list[Quantized]:
+    """Launch the kernel once over all tensors of ``batch``; see ``ternary_reference``."""
+    layer_wise = batch.entries[0].format.layer_wise
+    packed, absmax, count = batch.flat_bytes(), batch.flat(torch.float32), batch.flat(torch.int32)
+    squares, kept = batch.flat(torch.int64), batch.flat(torch.int64)
+    threshold = _layer_thresholds(batch) if layer_wise else absmax
+    outputs = (packed, absmax, squares, kept, count)
+    given = "tensor" if layer_wise else ""
+    batch.launch(ternary_kernel, threshold, *outputs, GIVEN=given, FINENESS=batch.fineness)
+    sums = [found.cpu() for found in outputs[1:]]
+    found = []
+    for entry in batch.entries:
+        absmax, squares, kept, count = map(entry.segmented, sums)
+        totals = SegmentSums(absmax, absmax, squares, kept, count.long(), segment_sizes(entry.format) - count)
+        found.append(_finish(entry.format, entry.packed(packed), totals))
+    return found
+
+
+def _layer_thresholds(batch: Batch) -> Tensor:
+    """Return one float32 threshold a tensor of the batch, on its device."""
+    found = []
+    for statistics, entry in zip(statistics_batch(batch), batch.entries, strict=True):
         require_finite(statistics.absmax)
         # on the CPU: a GPU divides by a number as a product with its reciprocal
-        threshold = _layer_threshold(statistics.abs_sum.cpu(), weight.numel()).to(weight.device)
-    packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
-    sums = SegmentSums.empty(rows, format.groups, weight.device)
-    shape = launch_shape(rows, format.group_size)
-    with on_device(weight):
-        ternary_kernel[(-(-rows // shape.rows) * format.groups,)](
-            weight,
-            threshold,
-            packed,
-            *sums.fields,
-            rows,
-            length,
-            format.group_size,
-            format.groups,
-            format.row_bytes,
-            FINENESS=fineness(format.group_size),
-            LAYER_WISE=layer_wise,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            num_warps=shape.num_warps,
-            enable_fp_fusion=False,
-        )
-    return _finish(format, packed, sums)
+        found.append(_layer_threshold(statistics.abs_sum.cpu(), entry.weight.numel()))
+    return torch.cat(found).to(batch.device)
 
 
 def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl
-from .device import exact_sum, exponent_of, locate, round_half_even, segment_extremes, store_codes, two_to_the
 from .formats import CodeFormat, Grid, Quantized
-from .launch import launch_shape, on_device, use_triton
-from .packing import pack_reference
-from .scales import Scales, scales_kernel, scales_of
-from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts
-from .statistics import RowStatistics, row_statistics_reference, row_statistics_triton
+from .launch import use_triton
+from .packing import pack_reference, unpack_reference
+from .scales import Scales, scales_of
+from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts, segment_sizes
+from .statistics import RowStatistics, row_statistics_reference, statistics_batch
 from .sums import exact_total, exponents, fineness, power_of_two
+from .table import Batch
+from .uniform_kernel import uniform_kernel
 
 
 def _layer_extremes(statistics: RowStatistics) -> Tensor:
@@ -39,13 +41,11 @@ def _segment_codes(
         codes = level.clamp_(0, 2**format.bits - 1).to(torch.uint8)
         sums = _asymmetric_sums(wide, level, scales, bits, exponent, exponents(bound))
     else:
-        codes, sums = _integer_sums(wide, level, scales.scale, format, bits - exponent)
+        codes, sums = _integer_sums(wide, level, format, bits - exponent)
     return codes, scales, (absmax, bound, squares, *sums)
 
 
-def _integer_sums(
-    wide: Tensor, level: Tensor, scale: Tensor, format: CodeFormat, shift: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _integer_sums(wide: Tensor, level: Tensor, format: CodeFormat, shift: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Codes and totals where a value is the scale times an integer v: v = 2u - L (DoReFa) or v = q (symmetric)."""
     if format.grid is Grid.DOREFA:
         levels, width = 2**format.bits - 1, format.bits
@@ -55,21 +55,9 @@ def _integer_sums(
         limit, width = 2 ** (format.bits - 1) - 1, format.bits - 1
         codes = level.clamp_(-limit, limit).add(limit + 1).to(torch.uint8)
     norms = level.square().sum(1).to(torch.int64)
-    zeros = _zeros(level, scale, format)
+    zeros = (level == 0).sum(1)  # DoReFa has none but for underflow, see _finish
     dots = exact_total(level.mul_(wide).mul_(power_of_two(shift - width)[:, None]))
     return codes, (dots, norms, zeros)
-
-
-def _zeros(level: Tensor, scale: Tensor, format: CodeFormat) -> Tensor:
-    """Count the values that are zero in float32; a DoReFa value is one only where a denormal scale underflows."""
-    count = torch.full((len(level),), level.shape[1], dtype=torch.int64, device=level.device)
-    if format.grid is Grid.SYMMETRIC:
-        return torch.where(scale > 0, (level == 0).sum(1), count)
-    if bool((scale > 2.0**-140).all()):
-        return torch.zeros_like(count)
-    underflow = (level * scale.double()[:, None]).abs() <= (2**format.bits - 1) * 2.0**-150
-    found: Tensor = underflow.sum(1)
-    return found
 
 
 def _asymmetric_sums(
@@ -84,154 +72,62 @@ def _asymmetric_sums(
     return dots, norms, zeros
 
 
-@jit
-def uniform_kernel(
-    weight_ptr: tl.tensor,
-    extremes_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_point_ptr: tl.tensor,
-    absmax_ptr: tl.tensor,
-    bound_ptr: tl.tensor,
-    square_ptr: tl.tensor,
-    dot_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    rows: tl.tensor,
-    length: tl.tensor,
-    group_size: tl.tensor,
-    groups: tl.tensor,
-    row_bytes: tl.tensor,
-    GRID: tl.constexpr,
-    BITS: tl.constexpr,
-    FINENESS: tl.constexpr,
-    LAYER_WISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Codes u = clip(rint(w * inverse + offset)) in float64, half to even; totals of w², code times w and code²."""
-    o_row, m_row, i_group, start, count = locate(rows, length, group_size, groups, ROWS)
-    segment_ptr = weight_ptr + o_row[:, None] * length + start
-    o_segment = o_row * groups + i_group
-
-    b_absmax, b_minimum, b_maximum = segment_extremes(segment_ptr, m_row, count, group_size, ROWS, BLOCK)
-    b_e = exponent_of(b_absmax)
-    b_largest = b_absmax
-    if LAYER_WISE:
-        o_same = tl.zeros((ROWS,), dtype=tl.int32)
-        b_largest = tl.load(extremes_ptr + o_same)
-        b_minimum = tl.load(extremes_ptr + 1 + o_same)
-        b_maximum = tl.load(extremes_ptr + 2 + o_same)
-    b_scale, b_zero_point, b_inverse, b_offset, b_spread = scales_kernel(b_largest, b_minimum, b_maximum, GRID, BITS)
-    if not LAYER_WISE:
-        tl.store(scale_ptr + o_segment, b_scale, mask=m_row)
-        tl.store(zero_point_ptr + o_segment, b_zero_point, mask=m_row)
-    b_bound = b_absmax + b_spread
-
-    b_square = tl.zeros((ROWS,), dtype=tl.int64)
-    b_dot = tl.zeros((ROWS,), dtype=tl.int64)
-    b_norm = tl.zeros((ROWS,), dtype=tl.int64)
-    b_zero = tl.zeros((ROWS,), dtype=tl.int64)
-    o_start = o_row * row_bytes + start * BITS // 8
-    for first in range(0, group_size, BLOCK):
-        o_column = first + tl.arange(0, BLOCK)
-        mask = m_row[:, None] & (o_column < count)[None, :]
-        b_w = tl.load(segment_ptr + o_column[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-        b_level = round_half_even(b_w * b_inverse[:, None] + b_offset[:, None])
-        b_code, b_term, b_power, b_none = levels_kernel(
-            b_w, b_level, b_scale[:, None], b_zero_point[:, None], b_e[:, None], b_bound[:, None], GRID, BITS, FINENESS
-        )
-        b_square += exact_sum(b_w * b_w * two_to_the(FINENESS - 2 * b_e)[:, None])
-        b_dot += exact_sum(b_term)
-        b_norm += tl.sum(tl.where(mask, b_power, 0), axis=1)
-        b_zero += tl.sum((mask & b_none).to(tl.int64), axis=1)
-        b_code = tl.where(mask, b_code, 0)
-        store_codes(packed_ptr, b_code, o_start, first, count, m_row, BITS, ROWS, BLOCK)
-
-    tl.store(absmax_ptr + o_segment, b_absmax, mask=m_row)
-    tl.store(bound_ptr + o_segment, b_bound, mask=m_row)
-    tl.store(square_ptr + o_segment, b_square, mask=m_row)
-    tl.store(dot_ptr + o_segment, b_dot, mask=m_row)
-    tl.store(norm_ptr + o_segment, b_norm, mask=m_row)
-    tl.store(zero_ptr + o_segment, b_zero, mask=m_row)
-
-
-@jit
-def levels_kernel(
-    b_w: tl.tensor,
-    b_level: tl.tensor,
-    b_scale: tl.tensor,
-    b_zero_point: tl.tensor,
-    b_e: tl.tensor,
-    b_bound: tl.tensor,
-    GRID: tl.constexpr,
-    BITS: tl.constexpr,
-    FINENESS: tl.constexpr,
-) -> tl.tensor:
-    """Return int64 codes, float64 terms of the dot product, int64 squares and where a value is zero, [ROWS, BLOCK]."""
-    if GRID == "dorefa":
-        b_level = tl.minimum(tl.maximum(b_level, 0.0), 2**BITS - 1.0)
-        b_code = b_level.to(tl.int64)
-        b_v = 2.0 * b_level - (2**BITS - 1.0)
-        b_none = tl.abs(b_v) * b_scale.to(tl.float64) <= (2**BITS - 1) * 7.006492321624085e-46  # 2^-150: underflow
-        b_term = b_v * b_w * two_to_the(FINENESS - BITS - b_e)
-        b_power = (b_v * b_v).to(tl.int64)
-    elif GRID == "symmetric":
-        b_level = tl.minimum(tl.maximum(b_level, 1.0 - 2 ** (BITS - 1)), 2 ** (BITS - 1) - 1.0)
-        b_code = b_level.to(tl.int64) + 2 ** (BITS - 1)
-        b_none = (b_level == 0) | (b_scale == 0)
-        b_term = b_level * b_w * two_to_the(FINENESS - (BITS - 1) - b_e)
-        b_power = (b_level * b_level).to(tl.int64)
-    else:
-        b_level = tl.minimum(tl.maximum(b_level, 0.0), 2**BITS - 1.0)
-        b_code = b_level.to(tl.int64)
-        b_value = (b_level.to(tl.float32) - b_zero_point) * b_scale
-        b_none = b_value == 0
-        b_exact = b_value.to(tl.float64)
-        b_reach = exponent_of(b_bound)
-        b_term = b_exact * b_w * two_to_the(FINENESS - b_e - b_reach)
-        b_power = round_half_even(b_exact * b_exact * two_to_the(FINENESS - 2 * b_reach)).to(tl.int64)
-    return b_code, b_term, b_power, b_none
-
-
 def uniform_triton(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
-    """Launch the kernel; see ``uniform_reference``."""
+    """Launch the kernel on one tensor; see ``uniform_reference``."""
     format = _uniform_format(weight, bits, grid, group_size, layer_wise)
-    if weight.numel() == 0:
-        return nothing(format, weight)
-    weight = weight.contiguous()
-    (rows, length), extremes = weight.shape, weight
-    factors = torch.empty((2, rows, format.groups), device=weight.device)
-    if layer_wise:
-        extremes = _layer_extremes(row_statistics_triton(weight, length))
-        # on the CPU: a GPU divides by a number as a product with its reciprocal
-        shared = scales_of(extremes.cpu(), format)
-        factors = torch.stack([shared.scale, shared.zero_point])[:, None].to(weight.device)
-    packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
-    sums = SegmentSums.empty(rows, format.groups, weight.device)
-    shape = launch_shape(rows, format.group_size)
-    with on_device(weight):
-        uniform_kernel[(-(-rows // shape.rows) * format.groups,)](
-            weight,
-            extremes,
-            packed,
-            *factors.unbind(),
-            *sums.fields,
-            rows,
-            length,
-            format.group_size,
-            format.groups,
-            format.row_bytes,
-            GRID=grid.value,
-            BITS=bits,
-            FINENESS=fineness(format.group_size),
-            LAYER_WISE=layer_wise,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            num_warps=shape.num_warps,
-            enable_fp_fusion=False,
+    return uniform_batch(Batch.of(weight, format))[0] if weight.numel() else nothing(format, weight)
+
+
+def uniform_batch(batch: Batch) -> list[Quantized]:
+    """Launch the kernel once over all tensors of ``batch``; see ``uniform_reference``."""
+    format = batch.entries[0].format
+    packed, factors = batch.flat_bytes(), [batch.flat(torch.float32) for _ in range(2)]
+    floats, totals = [batch.flat(torch.float32) for _ in range(2)], [batch.flat(torch.int64) for _ in range(3)]
+    count, extremes = batch.flat(torch.int32), factors[0]
+    if format.layer_wise:
+        found = [_layer_extremes(statistics) for statistics in statistics_batch(batch)]
+        extremes = torch.cat(found, dim=1).t().contiguous()
+    batch.launch(
+        uniform_kernel,
+        extremes,
+        packed,
+        *factors,
+        *floats,
+        *totals,
+        count,
+        GRID=format.grid.value,
+        BITS=format.bits,
+        LAYER_WISE=format.layer_wise,
+        FINENESS=batch.fineness,
+    )
+    layers = _layer_factors(extremes.cpu(), batch) if format.layer_wise else None
+    sums = [flat.cpu() for flat in (*floats, *totals, count)]
+    return [
+        _finish(
+            entry.format,
+            entry.packed(packed),
+            *([entry.segmented(flat) for flat in factors] if layers is None else layers[number]),
+            _segment_sums(entry.format, *map(entry.segmented, sums)),
         )
-    return _finish(format, packed, factors[0], factors[1], sums)
+        for number, entry in enumerate(batch.entries)
+    ]
+
+
+def _layer_factors(extremes: Tensor, batch: Batch) -> list[list[Tensor]]:
+    """Return each tensor's scale and zero point, [1, 1], from extremes [tensors, 3] on the CPU."""
+    # there, since a GPU divides by a number as a product with its reciprocal
+    found = scales_of(extremes.t(), batch.entries[0].format)
+    both = torch.stack([found.scale, found.zero_point], 1)[:, :, None, None].to(batch.device)
+    return [list(tensor) for tensor in both]
+
+
+def _segment_sums(
+    format: CodeFormat, absmax: Tensor, bound: Tensor, squares: Tensor, dots: Tensor, norms: Tensor, count: Tensor
+) -> SegmentSums:
+    """Put together what the kernel wrote; a zero of DoReFa is where a denormal scale underflows, see ``_finish``."""
+    bound = bound if format.grid is Grid.ASYMMETRIC else absmax
+    zeros = torch.zeros_like(squares) if format.grid is Grid.DOREFA else segment_sizes(format) - count
+    return SegmentSums(absmax, bound, squares, dots, norms, zeros)
 
 
 def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor, sums: SegmentSums) -> Quantized:
@@ -247,8 +143,26 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
         step = wide / (2**format.bits - 1) if dorefa else wide
         width = format.bits if dorefa else format.bits - 1
         units = step * power_of_two(exponent + width - bits), (step * step).expand_as(exponent)
+    if format.grid is Grid.DOREFA and bool((scale <= _UNDERFLOW).any()):
+        sums = replace(sums, zeros=_underflows(format, codes.cpu(), wide))
     point = zero_point if format.grid is Grid.ASYMMETRIC else None
     return finish(format, codes, scale, point, sums, dot_unit=units[0], norm_unit=units[1])
+
+
+_UNDERFLOW = 2.0**-140
+"""A DoReFa value is s (2u - L) / L, never zero but where that underflows: with a scale that is itself a denormal."""
+
+
+def _underflows(format: CodeFormat, codes: Tensor, scale: Tensor) -> Tensor:
+    """Count the values of each segment, [rows, groups], that are zero in float32; all on the CPU."""
+    levels = 2**format.bits - 1
+    odd = unpack_reference(codes, format.bits, format.length).to(torch.int64).mul_(2).sub_(levels).abs_()
+    found = torch.zeros((len(codes), format.groups), dtype=torch.int64)
+    for part in row_parts(format.length, format.group_size):
+        block = odd[:, part.columns].view(len(codes), -1, part.length)
+        limit = scale if format.layer_wise else scale[:, part.groups]
+        found[:, part.groups] = (block * limit[:, :, None] <= levels * 2.0**-150).sum(2)
+    return found
 
 
 def uniform_reference(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
