@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from .compensate import compensate as compensate
     from .dequantize import dequantize as dequantize
     from .feedback import feedback_round as feedback_round
+    from .moments import LayerInput as LayerInput
+    from .moments import OutputMoments as OutputMoments
+    from .moments import moments as moments
     from .packing import pack as pack
     from .packing import unpack as unpack
     from .statistics import RowStatistics as RowStatistics
     from .statistics import row_statistics as row_statistics
     from .sums import tree_sum as tree_sum
+    from .sweep import Sweep as Sweep
+    from .sweep import sweep as sweep
     from .tap_sums import TapSums as TapSums
     from .tap_sums import tap_sums as tap_sums
     from .ternary import ternary as ternary
@@ -38,11 +43,16 @@ _HOMES = {
     "compensate": ".compensate",
     "dequantize": ".dequantize",
     "feedback_round": ".feedback",
+    "LayerInput": ".moments",
+    "OutputMoments": ".moments",
+    "moments": ".moments",
     "pack": ".packing",
     "unpack": ".packing",
     "RowStatistics": ".statistics",
     "row_statistics": ".statistics",
     "tree_sum": ".sums",
+    "Sweep": ".sweep",
+    "sweep": ".sweep",
     "TapSums": ".tap_sums",
     "tap_sums": ".tap_sums",
     "ternary": ".ternary",
