@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+from .tuned import Choice
 
 NUM_WARPS = 4
 """Of every program: one launch mixes all kinds of tile."""
@@ -31,11 +33,13 @@ class Tile:
     """Whether a thread's ``vector`` elements are one aligned load; else segments may begin and end anywhere."""
     loop: bool = False
     """Whether segments are longer than the tile and are walked over three times, the last two within a cache."""
+    warps: int = NUM_WARPS
+    """Of a program; the same for all tiles of a launch."""
 
     @property
     def rows(self) -> int:
         """Segments a program takes."""
-        return max(1, LANES * NUM_WARPS // self.threads)
+        return max(1, LANES * self.warps // self.threads)
 
     @property
     def elements(self) -> int:
@@ -44,7 +48,7 @@ class Tile:
 
     @property
     def code(self) -> int:
-        """All of it in one number, as the kernels take it."""
+        """All but the warps in one number, as the kernels take it."""
         return (((self.threads * 64 + self.chunks) * 16 + self.vector) * 2 + self.aligned) * 2 + self.loop
 
     def padded(self, length: int) -> int:
@@ -91,3 +95,15 @@ def tile_for(length: int, itemsize: int, aligned: bool, mixed: bool) -> Tile:
         return min(held, key=lambda tile: tile.elements)
     threads = 128 if length >= LONG else LANES
     return next(tile for tile in usable if tile.loop and tile.threads == threads)
+
+
+def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:
+    """Return what was measured on the card instead of ``tile``, where it suits segments of ``length``.
+
+    The warps are a launch's: they are the measured ones also where the tile is not.
+    """
+    if choice is None:
+        return tile
+    found = Tile(choice.threads, choice.chunks, tile.vector, True, choice.loop)
+    suits = tile.aligned and (found.loop or found.elements >= length)
+    return replace(found if suits else tile, warps=choice.num_warps)

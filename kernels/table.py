@@ -17,8 +17,9 @@ from torch import Tensor
 from .formats import CodeFormat
 from .launch import on_device
 from .segments import Part
-from .shapes import NUM_WARPS, Tile, tile_for, tiles
+from .shapes import LANES, Tile, measured_tile, tile_for, tiles
 from .sums import fineness
+from .tuned import Choice, choice_for, choices_for
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Batch:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``."""
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
+        if not mixed and (choice := self._measured(kernel)):
+            chosen = [measured_tile(tile, choice, row[2]) for row, tile in zip(rows, chosen, strict=True)]
         kinds = tiles(self.entries[0].weight.element_size(), mixed) if mixed else tuple(dict.fromkeys(chosen))
         for row, tile in zip(rows, chosen, strict=True):
             row.append(kinds.index(tile))
@@ -133,10 +136,17 @@ class Batch:
                 **constants,
                 DTYPE=_DTYPES[self.entries[0].weight.dtype],
                 KINDS=tuple(tile.code for tile in kinds),
-                WARPS=NUM_WARPS,
-                num_warps=NUM_WARPS,
+                WARPS=chosen[0].warps,
+                num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
                 enable_fp_fusion=False,
             )
+
+    def _measured(self, kernel: Any) -> Choice | None:
+        """Return the shape that was measured on this card for the segments of the launch's only tensor."""
+        entry = self.entries[0]
+        return choice_for(
+            choices_for(self.device), kernel.fn.__name__, entry.weight.element_size(), entry.format.group_size
+        )
 
     def _items(self, mixed: bool) -> tuple[list[list[int]], list[Tile]]:
         rows, chosen = [], []
@@ -152,6 +162,11 @@ FIELDS = 10
 from one segment's codes to the next, first segment of the outputs, step between segments there, the tensor's number in
 the launch, its kind of tile (tiles.item_of, tiles.segments_of)."""
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _warp_threads() -> int:
+    """Return the threads of a warp: AMD's have 64."""
+    return LANES if torch.version.hip is None else 2 * LANES
 
 
 def _on(device: torch.device, rows: Sequence[Sequence[int]], tile_rows: Sequence[int]) -> tuple[Tensor, Tensor]:

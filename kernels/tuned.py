@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Choice:
-    """The tile of one kernel's segments of up to ``longest`` elements of ``itemsize`` bytes, of whole 16-byte loads."""
+    """The tile of one kernel's segments of whole 16-byte loads, of ``longest`` elements or more than half as many."""
 
     kernel: str
     itemsize: int
@@ -36,6 +36,7 @@ def config_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
+@cache
 def choices_for(device: torch.device) -> tuple[Choice, ...]:
     """Return what was measured on a device's card; nothing for a card without a file and for the CPU.
 
@@ -79,9 +80,9 @@ def _choice(item: dict[str, Any]) -> Choice:
 
 
 def choice_for(choices: tuple[Choice, ...], kernel: str, itemsize: int, length: int) -> Choice | None:
-    """Return what was measured for segments of ``length``: the first that is meant for them, or none."""
-    meant = (c for c in choices if c.kernel == kernel and c.itemsize == itemsize and c.longest >= length)
-    return next(meant, None)
+    """Return what was measured for segments of ``length``: of those up to twice as long the shortest, or none."""
+    alike = (choice for choice in choices if choice.kernel == kernel and choice.itemsize == itemsize)
+    return next((choice for choice in alike if choice.longest // 2 < length <= choice.longest), None)
 
 
 def write_choices(file: Path, gpu: str, made: str, choices: list[Choice]) -> None:

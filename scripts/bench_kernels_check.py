@@ -87,7 +87,7 @@ def grouped_operations() -> dict[str, tuple[Operation, Callable[[list[Tensor]], 
     def together(grid: Grid, bits: int) -> Callable[[list[Tensor]], list[Quantized]]:
         return lambda weights: quantize_group([Request(w, grid, bits, group_size=w.shape[1]) for w in weights])
 
-    formats = {"ternary": (Grid.TERNARY, 2), "uniform 4": (Grid.DOREFA, 4), "uniform 6": (Grid.DOREFA, 6)}
+    formats = {"ternary": (Grid.TERNARY, 2), "uniform 4": (Grid.DOREFA, 4)}
     chosen = {operation.name: operation for operation in operations()}
     return {name: (chosen[name], together(*format)) for name, format in formats.items()}
 
