@@ -24,9 +24,9 @@ from .make_calibrator import make_calibrator
 from .neighbours.run import compress_neighbour
 from .quantize import quantize_layer
 from .result import Compressed
-from .rounding import RoundedLayer, round_layer
+from .rounding import RoundedLayer, is_plain, round_layer
 from .walk import Lambdas, LayerFigures, Walk, WalkResult
-from .work import LayerWork, Moments, kept_figures, partners
+from .work import LayerWork, Moments, kept_figures, partners, round_together
 
 
 def compress_model(
@@ -71,11 +71,12 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     kept = {name: "kept by a layer rule" for name, given in assignments.items() if given.keep}
     told = [_with_lost_partners(given, pairing, kept) for given in assignments.values() if not given.keep]
     work = {given.layer.name: LayerWork(model, given, device) for given in told}
-    if isinstance(plan, RtnPlan):
+    steps = None if isinstance(plan, RtnPlan) else steps_of(plan)
+    round_together(item for item in work.values() if steps is None or is_plain(item.assignment, steps))
+    if steps is None:
         for item in work.values():
             item.quantize(_plainly(device), lambda: None)
         return Compressed(tuple(item.finish(pairing, None) for item in work.values()), {}, kept)
-    steps = steps_of(plan)
     pairs = [pair for pair in pairing.pairs if pair.low in work and pair.high in work]
     walked = _walk(model, plan, steps, pairs, work, device)
     tensors = {name: value.float() for name, value in walked.tensors.items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from dfmpc.kernels.dequantize import dequantize
 from dfmpc.kernels.formats import Grid, Quantized
+from dfmpc.kernels.group import Request, quantize_group
 from dfmpc.kernels.tap_sums import tap_sums
-from dfmpc.kernels.ternary import ternary
-from dfmpc.kernels.uniform import uniform
 from torch import Tensor
 
 from ..models.graph import Layer
@@ -18,12 +19,19 @@ from .taps import Taps
 
 def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quantized:
     """Return the codes of ``weight`` (stored shape, any floating type) under ``assignment``."""
-    rows = rows_on(weight, assignment.layer, device)
-    if assignment.grid is Grid.TERNARY:
-        return ternary(rows, group_size=assignment.group_size, layer_wise=assignment.layer_wise)
-    return uniform(
-        rows, assignment.bits, assignment.grid, group_size=assignment.group_size, layer_wise=assignment.layer_wise
-    )
+    return quantize_layers([(weight, assignment)], device)[0]
+
+
+def quantize_layers(layers: Sequence[tuple[Tensor, Assignment]], device: str) -> list[Quantized]:
+    """Return the codes of every weight (stored shape, any floating type) under its assignment, in few launches.
+
+    Raises NonFiniteError where one of them holds NaN or Inf.
+    """
+    return quantize_group([_request(weight, given, device) for weight, given in layers])
+
+
+def _request(weight: Tensor, given: Assignment, device: str) -> Request:
+    return Request(rows_on(weight, given.layer, device), given.grid, given.bits, given.group_size, given.layer_wise)
 
 
 def clipped_fraction(weight: Tensor, layer: Layer, quantized: Quantized, device: str) -> float:

@@ -42,9 +42,9 @@ def round_layer(
     ``moments`` is asked only where ``steps`` round or re-solve with them; where it has none, the layer is rounded to
     nearest, and the note says so. Raises NonFiniteError where the weight holds NaN or Inf.
     """
+    if is_plain(assignment, steps):
+        return RoundedLayer(quantize_layer(weight, assignment, device))
     if not steps.needs_moments:
-        if _is_plain(assignment, steps):
-            return RoundedLayer(quantize_layer(weight, assignment, device))
         rows = rows_on(weight, assignment.layer, device)
         return RoundedLayer(_encoded(rows, _to_nearest(rows.float(), assignment, steps)))
     found = None if assignment.layer.length > MAX_FEEDBACK else moments()
@@ -56,8 +56,10 @@ def round_layer(
     return RoundedLayer(_encoded(rows, rounded), "; ".join(text for text in (note, rounded.fallback) if text))
 
 
-def _is_plain(assignment: Assignment, steps: Steps) -> bool:
-    """Whether the fused kernel does all of it."""
+def is_plain(assignment: Assignment, steps: Steps) -> bool:
+    """Tell whether the fused kernel does all of it: the codes then follow from the weight alone."""
+    if steps.needs_moments:
+        return False
     return steps.ternary == "twn" if assignment.grid is Grid.TERNARY else steps.clip == "absmax"
 
 

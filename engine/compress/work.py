@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from ..models.load import LoadedModel
 from .assign import Assignment
 from .calibrate import InputMoments
 from .compensate import summarise
-from .quantize import clipped_fraction, original_taps, quantized_taps, rows_on
+from .quantize import clipped_fraction, original_taps, quantize_layers, quantized_taps, rows_on
 from .result import QuantizedLayer
 from .rounding import RoundedLayer
 from .rows import to_rows
@@ -37,6 +37,7 @@ class LayerWork:
     assignment: Assignment
     device: str
     rounded: RoundedLayer | None = None
+    """The codes; there before the layer's turn where ``round_together`` made them."""
     clipped: float = 0.0
     seconds: float = field(default=0.0)
 
@@ -63,7 +64,7 @@ class LayerWork:
         """
         started = time.perf_counter()
         try:
-            self.rounded = rounding(self.weight, self.assignment, moments)
+            self.rounded = self.rounded or rounding(self.weight, self.assignment, moments)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.model.source.name}: {self.layer.weight}: {error}") from error
         self.clipped = clipped_fraction(self.weight, self.layer, self.quantized, self.device)
@@ -102,6 +103,39 @@ class LayerWork:
             seconds=self.seconds,
         )
         return result if walked is None else _with_walk(result, pairing, walked)
+
+
+TOGETHER = 2**28
+"""Bytes of weights, as stored, that may be on the device at once for one launch: enough to fill any."""
+
+
+def round_together(items: Iterable[LayerWork]) -> None:
+    """Give layers whose codes follow from their weights alone those codes, in few launches for all."""
+    run: list[LayerWork] = []
+    size = 0
+    for item in items:
+        more = item.weight.numel() * item.weight.element_size()
+        if run and size + more > TOGETHER:
+            _round_run(run)
+            run, size = [], 0
+        run.append(item)
+        size += more
+    if run:
+        _round_run(run)
+
+
+def _round_run(run: Sequence[LayerWork]) -> None:
+    """Weights with NaN or Inf are left to each layer's turn, which names the one."""
+    started = time.perf_counter()
+    try:
+        found = quantize_layers([(item.weight, item.assignment) for item in run], run[0].device)
+    except NonFiniteError:
+        return
+    seconds = time.perf_counter() - started
+    params = sum(item.layer.params for item in run)
+    for item, quantized in zip(run, found, strict=True):
+        item.rounded = RoundedLayer(quantized)
+        item.seconds += seconds * item.layer.params / max(1, params)
 
 
 def kept_figures(model: LoadedModel, layer: Layer, device: str) -> LayerFigures:
