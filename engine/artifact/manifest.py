@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from dfmpc.kernels.formats import CodeFormat, Grid
 from pydantic import Field, JsonValue, StringConstraints, ValidationError
+from pydantic_core import from_json
 
 from ..errors import ArtifactError
 from ..job.fields import Strict
@@ -23,6 +26,8 @@ METADATA = {"format": "dfmpc", "format_version": str(FORMAT_VERSION)}
 """The tensor file's own map of strings."""
 PARTS = ("codes", "scale", "zero_point", "input_scale")
 """What replaces a quantized weight: tensors named ``<weight>.<part>``."""
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.+-]*$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -155,7 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        parsed: object = from_json(path.read_bytes())
+        return parsed
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing, so {path.parent} is no finished artifact; run the job again") from error
     except OSError as error:
@@ -169,11 +175,23 @@ def file_findings(folder: Path, manifest: Manifest) -> list[str]:
     findings = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        size = _size_of(path)
+        if size is None:
             findings.append(f"{path}: missing")
-        elif (size := path.stat().st_size) != entry.size:
+        elif size != entry.size:
             findings.append(f"{path}: {size} bytes, the manifest says {entry.size}")
     return findings
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the bytes of a regular file, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def digest_findings(folder: Path, name: str, manifest: Manifest) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,7 +100,7 @@ class AllowList:
         module = factory.partition(":")[0]
         folder = self.folder_of(module)
         if folder is None:
-            names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [])
+            names = _distributions().get(module.partition(".")[0], [])
             if names:
                 return ",".join(f"{name}=={importlib.metadata.version(name)}" for name in sorted(set(names)))
         file = _module_file(folder, module) if folder else _found_file(module)
@@ -141,6 +141,12 @@ class AllowList:
                 f"factory {factory!r} is defined in {home}, which is not on the allow-list "
                 f"({', '.join(self._entries())}); if you trust it, allow it by {HOW_TO_ALLOW}"
             )
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Return the installed distributions by module, looked up once: that reads the names of all their files."""
+    return importlib.metadata.packages_distributions()
 
 
 def _import_remedy(module: str, error: Exception) -> str:

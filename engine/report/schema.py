@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pyarrow as pa
@@ -57,7 +58,7 @@ def to_table(rows: Sequence[Row], row_type: type[Row]) -> pa.Table:
 
 
 def _values(rows: Sequence[Row], column: pa.Field) -> list[Any]:
-    values = [getattr(row, column.name) for row in rows]
+    values = list(map(attrgetter(column.name), rows))
     return [_finite(value) for value in values] if pa.types.is_floating(column.type) else values
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -64,6 +64,9 @@ class Event:
     """Name of the writer's file, which is not written into it."""
 
 
+_WRITTEN = tuple(field.name for field in fields(Event) if field.name != "process")
+
+
 @dataclass(frozen=True)
 class TaskState:
     """Where a task stands: waiting, running, done, reused, failed or interrupted."""
@@ -104,9 +107,7 @@ class Ledger:
             if self._file is None:
                 self._file = self._open()
             for event in events:
-                _write(
-                    self._file, {name: value for name, value in asdict(event).items() if value and name != "process"}
-                )
+                _write(self._file, {name: value for name in _WRITTEN if (value := getattr(event, name))})
             if any(event.kind not in _BRIEF for event in events):
                 os.fsync(self._file)
         except OSError as error:

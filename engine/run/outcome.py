@@ -49,15 +49,23 @@ def failed(row: ModelRow, error: BaseException) -> ModelRow:
 
 
 def with_manifest(
-    row: ModelRow, manifest: Manifest, store: Path, folder: Path, lies_in: Path, bytes_before: int
+    row: ModelRow,
+    status: Literal["done", "reused"],
+    manifest: Manifest,
+    store: Path,
+    folder: Path,
+    lies_in: Path,
+    bytes_before: int,
 ) -> ModelRow:
-    """Add what the artifact at ``folder`` says of itself; ``bytes_before`` is the size of the checkpoint's files.
+    """Add ``status`` and what the artifact at ``folder`` says of itself.
 
-    ``lies_in`` is where its files are now: an attempt's folder before it is committed.
+    ``bytes_before`` is the size of the checkpoint's files; ``lies_in`` is where the artifact's are now: an attempt's
+    folder before it is committed.
     """
     bytes_after = manifest.bytes + (lies_in / "manifest.json").stat().st_size
     return replace(
         row,
+        status=status,
         recipe=manifest.recipe or None,
         tier=manifest.tier,
         calibrator=manifest.calibrator,

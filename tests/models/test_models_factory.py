@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from dfmpc.errors import FactoryError, UsageError
 from dfmpc.job.expand import ModelSource
+from dfmpc.models import factory
 from dfmpc.models.factory import AllowList
 
 CODE = """
@@ -170,3 +172,17 @@ def test_distribution_version(folder: Path) -> None:
     assert allow.distribution_version("torch.nn:Linear") == f"torch=={torch.__version__}"
     assert allow.distribution_version("no_such_module_here:f") == "unknown"
     assert not (folder / "mynets_test.ran").exists()
+
+
+def test_the_installed_distributions_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a tenth of a second, and is asked for every model."""
+    real, asked = factory.importlib.metadata.packages_distributions, []
+
+    def counted() -> object:
+        asked.append(True)
+        return real()
+
+    monkeypatch.setattr(factory.importlib.metadata, "packages_distributions", counted)
+    factory._distributions.cache_clear()
+    found = {AllowList.default().distribution_version(f"torch.nn:{name}") for name in ("Linear", "Conv2d")}
+    assert (found, len(asked)) == ({f"torch=={importlib.metadata.version('torch')}"}, 1)

@@ -121,8 +121,8 @@ from dfmpc.run.worker.finisher import Finisher
 
 run = RunFolder(Path(sys.argv[1]))
 finisher = Finisher(run, Ledger(run), print)
-finisher.put(lambda: None, run.log_file("first", "p", "1"))
-finisher.put(lambda: 1 // 0, run.log_file("second", "p", "2"))
+finisher.put(lambda: None, lambda: run.log_file("first", "p", "1"))
+finisher.put(lambda: 1 // 0, lambda: run.log_file("second", "p", "2"))
 finisher.close()
 """
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,12 +50,12 @@ class Context:
     send: Send
     finisher: Finisher
 
-    @property
+    @cached_property
     def run(self) -> RunFolder:
         """The run that the tasks belong to."""
         return RunFolder(self.settings.run)
 
-    @property
+    @cached_property
     def store(self) -> Store:
         """The store that the artifacts go to."""
         return self.run.store
@@ -99,7 +100,7 @@ class Attempt:
         ):
             self._guarded()
         made = self._measured()
-        self.context.finisher.put(lambda: self._end(made), self._log)
+        self.context.finisher.put(lambda: self._end(made), lambda: self._log)
         return made.failure
 
     @property
@@ -123,8 +124,8 @@ class Attempt:
     def _do(self) -> None:
         key, made = self.shared.key(self.task), self.made
         folder = self.context.store.artifact_folder(self.task.model.name, self.task.plan.name, key.key)
-        found = inspect(folder) if folder.exists() else None
-        if found is not None and found.manifest is not None and not found.findings:
+        found = inspect(folder)
+        if found.manifest is not None and not found.findings:
             self._reuse(found.manifest, folder)
             return
         made.explanation = why_not_reused(folder, key)
@@ -171,7 +172,7 @@ class Attempt:
             nonlocal handed
             if not handed:
                 handed = True
-                self.context.finisher.put(lambda: self._commit(attempt, target), self._log)
+                self.context.finisher.put(lambda: self._commit(attempt, target), lambda: self._log)
 
         try:
             self._evaluate(manifest, attempt, loaded=hand_over)
@@ -185,9 +186,8 @@ class Attempt:
             self.context.send(Started(self.task.id, self.id))
 
     def _describe(self, status: Literal["done", "reused"], manifest: Manifest, folder: Path, lies_in: Path) -> None:
-        row = replace(self.made.row, status=status)
         size = self.shared.inputs().size
-        self.made.row = with_manifest(row, manifest, self.context.store.root, folder, lies_in, size)
+        self.made.row = with_manifest(self.made.row, status, manifest, self.context.store.root, folder, lies_in, size)
 
     def _evaluate(self, manifest: Manifest, folder: Path, loaded: Callable[[], None]) -> None:
         """Add the scores, kept ones where there are; ``loaded`` is called once ``folder`` is no longer needed."""

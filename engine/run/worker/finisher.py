@@ -23,7 +23,7 @@ from .attempt_log import append_traceback
 
 _AHEAD = 2
 """Steps that may wait: the commit of one task and its report. Whoever brings a third waits."""
-_Step = tuple[Callable[[], None], Path]
+_Step = tuple[Callable[[], None], Callable[[], Path]]
 _Ended = tuple[TaskOutcome, list[LayerRow]]
 _BATCH = 64
 _BATCH_S = 0.25
@@ -46,8 +46,8 @@ class Finisher:
         self._thread = threading.Thread(target=self._work, name="finisher", daemon=True)
         self._thread.start()
 
-    def put(self, step: Callable[[], None], log: Path) -> None:
-        """Have ``step`` done; it must not raise. ``log`` is its attempt's: stderr is another's by then."""
+    def put(self, step: Callable[[], None], log: Callable[[], Path]) -> None:
+        """Have ``step`` done; it must not raise. ``log`` tells its attempt's log: stderr is another's by then."""
         self._steps.put((step, log))
 
     def report(self, outcome: TaskOutcome, layers: list[LayerRow]) -> None:
@@ -78,14 +78,17 @@ class Finisher:
         self._thread.join()
 
     def _work(self) -> None:
-        log = self._run.path / "logs" / "finisher.log"
+
+        def log() -> Path:
+            return self._run.path / "logs" / "finisher.log"
+
         try:
             while (brought := self._next()) is not None:
                 step, log = brought
                 step()
             self._flush()
         except BaseException as error:  # noqa: BLE001 - told and passed on as the end of the process
-            append_traceback(log, error)
+            append_traceback(log(), error)
             os._exit(BROKEN)  # the scheduler sees a crash; a silent thread would look like a hang
 
     def _next(self) -> _Step | None:
