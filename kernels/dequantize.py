@@ -61,10 +61,14 @@ def dequantize_kernel(
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     LAYER_WISE: tl.constexpr,
+    BF16: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Values as formats.Grid defines them, in float32 (DoReFa: float64, rounded once)."""
+    """Values as formats.Grid defines them, in float32 (DoReFa: float64, rounded once), then in the output's type.
+
+    ``BF16``: the output's pointer is to int16, in which the upper halves of float32 are stored.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
     for first in range(0, length, BLOCK):
@@ -84,7 +88,14 @@ def dequantize_kernel(
             b_value = (b_level * b_scale.to(tl.float64) / (2**BITS - 1)).to(tl.float32)
         else:
             b_value = (b_code - (1 if GRID == "ternary" else 2 ** (BITS - 1))).to(tl.float32) * b_scale
-        tl.store(value_ptr + o_row[:, None] * length + o_column[None, :], b_value, mask=mask)
+        here = value_ptr + o_row[:, None] * length + o_column[None, :]
+        if BF16:
+            # rounded by hand, half to even: an interpreter that cuts off would give other values than a GPU
+            b_bits = b_value.to(tl.int32, bitcast=True)
+            b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+            tl.store(here, (b_bits >> 16).to(tl.int16), mask=mask)
+        else:
+            tl.store(here, b_value.to(value_ptr.dtype.element_ty), mask=mask)
 
 
 def dequantize_triton(
@@ -93,7 +104,7 @@ def dequantize_triton(
     """Launch the kernel; see ``dequantize_reference``."""
     check_packed(codes, format.bits, format.length)
     codes, scale, rows = codes.contiguous(), scale.contiguous(), codes.shape[0]
-    values = torch.empty((rows, format.length), dtype=torch.float32, device=codes.device)
+    values = torch.empty((rows, format.length), dtype=dtype, device=codes.device)
     if values.numel():
         shape = launch_shape(rows, format.length)
         with on_device(codes):
@@ -101,7 +112,7 @@ def dequantize_triton(
                 codes,
                 scale,
                 scale if zero_point is None else zero_point.contiguous(),
-                values,
+                values.view(torch.int16) if dtype is torch.bfloat16 else values,
                 rows,
                 format.length,
                 format.group_size,
@@ -110,12 +121,13 @@ def dequantize_triton(
                 GRID=format.grid.value,
                 BITS=format.bits,
                 LAYER_WISE=format.layer_wise,
+                BF16=dtype is torch.bfloat16,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
                 num_warps=shape.num_warps,
                 enable_fp_fusion=False,
             )
-    return values.to(dtype)
+    return values
 
 
 def dequantize(
