@@ -12,10 +12,13 @@ import torch
 
 from . import dequantize, row_statistics, tap_sums, ternary, uniform
 from .formats import Grid
+from .group import Request, quantize_group
 
 LENGTHS = (9, 64, 576)
 """Rows of a depthwise, a pointwise and an ordinary convolution: each has a launch shape of its own."""
 WIDTHS = (4, 6, 8)
+TOGETHER = ((Grid.TERNARY, 2), (Grid.DOREFA, 6))
+"""What the default plan rounds to; a kernel for many tensors has every kind of tile and takes longest to compile."""
 
 
 def warm_kernels(device: str) -> None:
@@ -34,6 +37,9 @@ def warm_kernels(device: str) -> None:
                 dequantize(found.format, found.codes, found.scale, found.zero_point)
             row_statistics(weight, length)
         tap_sums(torch.ones(4, 72, device=device), 9)
+        weights = [torch.ones(4, length, device=device) for length in LENGTHS]
+        for grid, bits in TOGETHER:
+            quantize_group([Request(weight, grid, bits, weight.shape[1]) for weight in weights])
 
 
 @contextmanager
