@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How well does what is measured without labels foretell the loss of accuracy? The tables of docs/fidelity.md.
 
-    python scripts/calibrate_fidelity.py STORE [--only PATTERN ...] [--images 2000] [--allow-code FOLDER] [--json FILE]
+    python scripts/calibrate_fidelity.py STORE [--only PATTERN ...] [--kinds KIND ...] [--images 2000] [--json FILE]
 
 STORE holds a run of jobs/fidelity.yaml. Every artifact and its original see labelled images and four kinds of made-up
 ones; logits are kept in STORE-logits, so that an interrupted call goes on where it stopped, and several may work at
@@ -46,8 +46,8 @@ DEVELOPMENT = ("resnet20", "mobilenetv2")
 LABELLED = "photographs"
 MADE = ("lit-leaves", "leaves", "fractal", "noise")
 """What ``dfmpc run`` measures on, two priors as a calibrator has them, and what was measured on before."""
-KINDS = (LABELLED, *MADE, "mixture")
-"""The mixture has a third of each of the last three."""
+MIXTURE = "mixture"
+"""A third of each of the last three."""
 ORIGINAL = "original"
 SEED = 2**40
 ALLOWED = (1.0, 3.0)
@@ -77,19 +77,29 @@ class Point:
     """By kind; of photographs, labels are not used here."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The command line."""
+
+    only: Sequence[str]
+    kinds: Sequence[str]
+    images: int
+    allow_code: Sequence[str]
+
+
 class Forwarded:
     """The logits of one network and of its artifacts, made once and kept in files."""
 
-    def __init__(self, source: ModelSource, store: Store, images: int, allow_code: Sequence[str]) -> None:
-        self.source, self.store, self.allow_code = source, store, allow_code
+    def __init__(self, source: ModelSource, store: Store, asked: Asked) -> None:
+        self.source, self.store, self.kinds, self.allow_code = source, store, asked.kinds, asked.allow_code
         self.shape = tuple(source.input or ())[1:]
         self.preprocess = source.preprocess or Preprocess.model_validate({})
         self.folder = store.root.with_name(f"{store.root.name}-logits") / source.name
-        self.labelled = labelled_images(source.name, images)
+        self.labelled = labelled_images(source.name, asked.images)
 
     def make(self, plan: str) -> None:
         """Forward what is not there yet."""
-        missing = [kind for kind in (LABELLED, *MADE) if not self._file(plan, kind).is_file()]
+        missing = [kind for kind in (LABELLED, *self.kinds) if not self._file(plan, kind).is_file()]
         network = self._network(plan) if missing else nn.Identity()
         self.folder.mkdir(parents=True, exist_ok=True)
         for kind in missing:
@@ -99,7 +109,7 @@ class Forwarded:
 
     def of(self, plan: str, kind: str) -> Tensor:
         """Return [N, classes]."""
-        if kind == "mixture":
+        if kind == MIXTURE:
             parts = [self.of(plan, part) for part in MADE[1:]]
             return torch.cat([part[: len(part) // len(parts)] for part in parts])
         return load_file(self._file(plan, kind))["logits"]
@@ -140,17 +150,11 @@ def made_images(
     return normalise(synthetic_images(kind, count, shape, SEED), mean, std)
 
 
-def points_of(forwarded: Forwarded, plans: Sequence[str]) -> list[Point]:
-    """Return a point a plan, forwarding what is missing."""
-    for plan in (ORIGINAL, *plans):
-        forwarded.make(plan)
-    return [_point(forwarded, plan) for plan in plans]
-
-
 def _point(forwarded: Forwarded, plan: str) -> Point:
     labels = forwarded.labelled.labels
     before, after = (metrics.top_k(forwarded.of(one, LABELLED), labels, 1) for one in (ORIGINAL, plan))
-    seen = {kind: _figures(forwarded.of(ORIGINAL, kind), forwarded.of(plan, kind)) for kind in KINDS}
+    kinds = (LABELLED, *forwarded.kinds, *([MIXTURE] if set(MADE[1:]) <= set(forwarded.kinds) else []))
+    seen = {kind: _figures(forwarded.of(ORIGINAL, kind), forwarded.of(plan, kind)) for kind in kinds}
     return Point(forwarded.source.name, plan, before - after, seen)
 
 
@@ -204,27 +208,36 @@ def verdicts(points: Sequence[Point], kind: str, threshold: float, allowed: floa
 def threshold_of(points: Sequence[Point], kind: str, allowed: float) -> float:
     """Return the least multiple of STEP above the agreement of every point that lost more than ``allowed``."""
     worst = max((point.seen[kind].agreement for point in points if point.drop > allowed), default=0.0)
-    return (int(worst / STEP) + 1) * STEP
+    return (int(worst / STEP + 1e-9) + 1) * STEP
 
 
 def tables(points: Sequence[Point]) -> Iterator[str]:
     """Yield the lines of the three tables of docs/fidelity.md."""
-    networks = list(dict.fromkeys(point.network for point in points))
+    networks, kinds = list(dict.fromkeys(point.network for point in points)), tuple(points[0].seen)
     groups = {name: [point for point in points if point.network == name] for name in networks}
-    yield f"| network | plans | {' | '.join(KINDS)} |"
-    yield f"| --- | --- |{' --- |' * len(KINDS)}"
+    yield from _head("network", "plans", *kinds)
     for name, own in (*groups.items(), ("all", points)):
-        cells = (" / ".join(f"{value:.2f}" for value in correlations(own, kind)) for kind in KINDS)
+        cells = (" / ".join(f"{value:.2f}" for value in correlations(own, kind)) for kind in kinds)
         yield f"| {name} | {len(own)} | {' | '.join(cells)} |"
-    yield from ("", "| images | lost at most | threshold | development | the others |", "| --- |" + " --- |" * 4)
-    for kind in KINDS:
-        for allowed in ALLOWED:
-            yield _threshold_line(points, kind, allowed)
-    yield from ("", "| network | plan | lost | agreement | KL | SQNR dB | on photographs |", "| --- |" + " --- |" * 6)
-    for point in sorted(points, key=lambda one: (networks.index(one.network), one.drop)):
-        made, real = point.seen[MADE[0]], point.seen[LABELLED]
-        figures = f"{made.agreement:.3f} | {made.kl:.3f} | {made.sqnr_db:.1f} | {real.agreement:.3f}"
-        yield f"| {point.network} | {point.plan} | {point.drop:.2f} | {figures} |"
+    yield ""
+    yield from _head("images", "lost at most", "threshold", "development", "the others")
+    for kind in kinds:
+        yield from (_threshold_line(points, kind, allowed) for allowed in ALLOWED)
+    yield ""
+    yield from _head("plan", *(f"{name}: lost / agreement" for name in networks))
+    by_task = {(point.plan, point.network): point for point in points}
+    for plan in dict.fromkeys(point.plan for point in points):
+        cells = (_cell(by_task.get((plan, name)), kinds[1]) for name in networks)
+        yield f"| {plan} | {' | '.join(cells)} |"
+
+
+def _cell(point: Point | None, kind: str) -> str:
+    return "–" if point is None else f"{point.drop:.2f} / {point.seen[kind].agreement:.2f}"
+
+
+def _head(*titles: str) -> Iterator[str]:
+    yield f"| {' | '.join(titles)} |"
+    yield f"|{' --- |' * len(titles)}"
 
 
 def _threshold_line(points: Sequence[Point], kind: str, allowed: float) -> str:
@@ -243,13 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="store of a run of jobs/fidelity.yaml")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="tasks to look at, as NETWORK/PLAN")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=MADE, default=MADE, help="made-up images to compare; default: all"
+    )
     parser.add_argument("--images", type=int, default=2000, help="CIFAR images of the networks not developed on")
     parser.add_argument("--allow-code", nargs="*", default=[str(SHARED / "models")], help="as of dfmpc run")
     parser.add_argument("--json", type=Path, help="file for the points behind the tables")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        points = measured(given.store, given.only, given.images, given.allow_code)
+        points = measured(given.store, Asked(given.only, given.kinds, given.images, given.allow_code))
     except DfmpcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -259,16 +275,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(path: Path, only: Sequence[str], images: int, allow_code: Sequence[str]) -> list[Point]:
-    """Return the points of the tasks of a store's run that match a pattern of ``only``; UsageError where none does."""
+def measured(path: Path, asked: Asked) -> list[Point]:
+    """Return the points of the tasks of a run that match a pattern of ``asked.only``; UsageError where none does."""
     run = find_run(path)
-    tasks = [task for task in run.frozen().tasks if any(fnmatchcase(task.id, pattern) for pattern in only)]
+    tasks = [task for task in run.frozen().tasks if any(fnmatchcase(task.id, pattern) for pattern in asked.only)]
     if not tasks:
-        raise UsageError(f"--only {' '.join(only)}: matches no task of {run.path}; patterns are such as 'resnet20/*'")
+        raise UsageError(
+            f"--only {' '.join(asked.only)}: matches no task of {run.path}; patterns are such as 'resnet20/*'"
+        )
     points = []
     for name, source in {task.model.name: task.model for task in tasks}.items():
         plans = [task.plan.name for task in tasks if task.model.name == name]
-        points += points_of(Forwarded(source, run.store, images, allow_code), plans)
+        forwarded = Forwarded(source, run.store, asked)
+        for plan in (ORIGINAL, *plans):
+            forwarded.make(plan)
+        points += [_point(forwarded, plan) for plan in plans]
     return points
 
 

@@ -105,7 +105,9 @@ def _batches(settings: EvaluationSettings, images: ImageSet | None, divisor: int
         for batch in batches(images, settings.preprocess, size, settings.shape):
             yield batch.images
         return
-    yield from _synthetic(settings).split(size)
+    made = _synthetic(settings)
+    for start in range(0, len(made), size):
+        yield made[start : start + size]
 
 
 def _synthetic(settings: EvaluationSettings) -> Tensor:
