@@ -237,6 +237,7 @@ def sweep_triton(
 
 def sweep_batch(batch: Batch, taps: Sequence[int], widths: Sequence[int]) -> list[Sweep]:
     """Launch the kernel once over all tensors of ``batch``, each with its number of taps; see ``sweep_reference``."""
+    batch.walked = True
     absmax = batch.flat(torch.float32)
     totals = torch.empty((batch.segments, 3, 8), dtype=torch.int64, device=batch.device)
     taps_there = torch.tensor(taps, dtype=torch.int32).to(batch.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .formats import CodeFormat
 from .launch import on_device
 from .segments import Part
-from .shapes import LANES, Tile, measured_tile, tile_for, tiles
+from .shapes import LANES, Tile, measured_tile, tile_for, tiles, walking_tile, walking_tiles
 from .sums import fineness
 from .tuned import Choice, choice_for, choices_for
 
@@ -86,6 +86,8 @@ class Batch:
     entries: list[Entry] = field(default_factory=list)
     segments: int = 0
     bytes: int = 0
+    walked: bool = False
+    """Whether the kernel walks over its segments twice instead of holding them."""
 
     def add(self, weight: Tensor, format: CodeFormat) -> None:
         """Take in a contiguous [rows, length] of at least one element."""
@@ -122,9 +124,13 @@ class Batch:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``."""
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
-        if not mixed and (choice := self._measured(kernel)):
+        size = self.entries[0].weight.element_size()
+        if self.walked:
+            chosen = [walking_tile(row[2], size, tile.aligned) for row, tile in zip(rows, chosen, strict=True)]
+        elif not mixed and (choice := self._measured(kernel)):
             chosen = [measured_tile(tile, choice, row[2]) for row, tile in zip(rows, chosen, strict=True)]
-        kinds = tiles(self.entries[0].weight.element_size(), mixed) if mixed else tuple(dict.fromkeys(chosen))
+        all_kinds = walking_tiles(size) if self.walked else tiles(size, mixed)
+        kinds = all_kinds if mixed else tuple(dict.fromkeys(chosen))
         for row, tile in zip(rows, chosen, strict=True):
             row.append(kinds.index(tile))
         table, programs = _on(self.device, rows, [tile.rows for tile in chosen])
