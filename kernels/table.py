@@ -90,7 +90,9 @@ class Batch:
     """Whether the kernel walks over its segments twice instead of holding them."""
 
     def add(self, weight: Tensor, format: CodeFormat) -> None:
-        """Take in a contiguous [rows, length] of at least one element."""
+        """Take in a contiguous [rows, length] of at least one element. Raises ValueError for rows without end."""
+        if format.group_size > LONGEST:
+            raise ValueError(f"segments of {format.group_size} elements; a kernel takes {LONGEST} at most: use groups")
         self.entries.append(Entry(weight, format, self.segments, self.bytes))
         self.segments += weight.shape[0] * format.groups
         self.bytes += -(-weight.shape[0] * format.row_bytes // 16) * 16
@@ -163,6 +165,8 @@ class Batch:
         return rows, chosen
 
 
+LONGEST = 2**31 - 2**16
+"""Elements of a segment that int32 columns reach, the tile beyond its end included; offsets of segments are int64."""
 FIELDS = 10
 """Of an item: address, elements from one segment to the next, elements of one, segments, first byte of the codes, bytes
 from one segment's codes to the next, first segment of the outputs, step between segments there, the tensor's number in

@@ -43,8 +43,7 @@ def segments_of(
         base_ptr = tl.multiple_of(base_ptr, 16)
         apart = apart // V * V
         count = count // V * V
-    if not LOOP:
-        count = count.to(tl.int32)
+    count = count.to(tl.int32)
     o_segment = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_segment < tl.load(item_ptr + 3)
     o_lane = (tl.arange(0, T) * V)[:, None] + tl.arange(0, V)[None, :]

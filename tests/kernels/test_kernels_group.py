@@ -105,6 +105,14 @@ def test_offsets_beyond_31_bits_are_kept(device: str) -> None:
     assert tile.loop
 
 
+def test_a_segment_too_long_for_columns_of_31_bits_is_refused() -> None:
+    endless = torch.empty((1, 2**31), device="meta")
+    with pytest.raises(
+        ValueError, match="segments of 2147483648 elements; a kernel takes 2147418112 at most: use groups"
+    ):
+        table.Batch.of(endless, Request(endless, Grid.TERNARY, 2, 2**31).format)
+
+
 def test_ternary_codes_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match="bits is 3 for ternary codes; they take 2"):
         quantize_group([Request(torch.ones(2, 8), Grid.TERNARY, 3, 8)])
