@@ -1,35 +1,35 @@
 #!/usr/bin/env python3
-"""Compile every kernel for several GPUs, without one, and fail on a spill or too much shared memory.
+"""Compile every kernel for several GPUs, without one, and print what each takes of a processor.
 
-Registers and spills come from Triton's own ptxas (NVIDIA) and from the assembly's notes (AMD).
+    python scripts/compile_kernels.py [--targets sm_90 …] [--weights fp32 bf16] [--only ternary] [--all]
+
+A row a kernel, launch shape and target: registers, spilled bytes, shared memory, the width in bytes of the loads of
+weights and, for NVIDIA, lane-instructions an element: in all and by pipe (integer and logic, float64, conversions
+from and to 64 bits, loads and stores). "copy" is the part of an H100's copy rate that the busiest pipe allows by that
+count: a bound from counting, not a measurement. "programs" is how many fit on a multiprocessor of that target.
+One kind of tile is compiled at a time, so that nothing else is in the count. The exit status is 1 where a kernel
+spills, needs more shared memory than the target has, or loads weights narrower than its launch shape allows.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; must go before triton is imported
 
-import triton
-from dfmpc.kernels.dequantize import dequantize_kernel
-from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
-from dfmpc.kernels.launch import LaunchShape, launch_shape
-from dfmpc.kernels.packing import pack_kernel, unpack_kernel
-from dfmpc.kernels.statistics import statistics_kernel
-from dfmpc.kernels.tap_sums import tap_sums_kernel
-from dfmpc.kernels.ternary import ternary_kernel
-from dfmpc.kernels.uniform import uniform_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernel_checkout import ensure_dfmpc
+
+ensure_dfmpc()
+
+import triton  # noqa: E402 - after both of the above
+from compile_kernels_cases import Case, Shape, cases, every_tile, faults, shapes_of, together  # noqa: E402
+from kernel_cost import SHARED_LIMIT, Cost, copy_fraction, cost_of  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,129 +37,85 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-LENGTHS = (9, 576, 4608)
-"""Row lengths of a depthwise, a 3×3 and a deep 3×3 layer: many rows a program, one, and a loop over blocks."""
+REGISTERS = {32: 65536, 64: 131072}
+"""Of 32 bits on an NVIDIA multiprocessor, and for vectors on an AMD compute unit, by the threads of a warp."""
+LENGTHS = (9, 25, 27, 64, 576, 4608, 14336)
+"""Rows of depthwise (3×3, 5×5), first, pointwise, 3×3, deep 3×3 and language model layers."""
+HEADER = f"{'kernel':22}{'weight':>7}{'row':>7}{'tile':>13}{'target':>8}{'regs':>6}{'spill':>6}{'shared':>7}{'load':>6}"
+COUNTED = ("issue", "alu", "fp64", "convert", "lsu")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel with its constants and the types of its pointers; every other argument is an int32.
-
-    ``pointers`` may name other arguments that are not an int32.
-    """
-
-    name: str
-    kernel: object
-    constants: dict[str, object]
-    pointers: dict[str, str]
-    shape: Callable[[int, int], LaunchShape] = launch_shape
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one compiled kernel takes of a processor."""
-
-    registers: int
-    spills: int
-    shared: int
-
-
-_SUMS = {"absmax_ptr": "*fp32", "bound_ptr": "*fp32", "square_ptr": "*i64", "zero_ptr": "*i64"}
-_CODES = {"codes_ptr": "*u8", "packed_ptr": "*u8"}
-
-
-def cases(weight: str) -> Iterator[Case]:
-    pointers = {"weight_ptr": weight, **_SUMS, **_CODES}
-    extremes = {"minimum_ptr": "*fp32", "maximum_ptr": "*fp32", "abs_ptr": "*i64"}
-    yield Case("statistics", statistics_kernel, {"FINENESS": 40}, pointers | extremes)
-    ternary = {"threshold_ptr": "*fp32", "kept_ptr": "*i64", "count_ptr": "*i64"}
-    yield Case("ternary", ternary_kernel, {"FINENESS": 40, "LAYER_WISE": False}, pointers | ternary)
-    factors = {"scale_ptr": "*fp32", "zero_point_ptr": "*fp32"}
-    uniform = factors | {"extremes_ptr": "*fp32", "dot_ptr": "*i64", "norm_ptr": "*i64"}
-    for grid, bits in (("dorefa", 6), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
-        constants = {"GRID": grid, "BITS": bits, "FINENESS": 40, "LAYER_WISE": False}
-        yield Case(f"uniform {grid} {bits}", uniform_kernel, constants, pointers | uniform)
-        value = {"GRID": grid, "BITS": bits, "LAYER_WISE": False}
-        yield Case(f"dequantize {grid} {bits}", dequantize_kernel, value, _CODES | factors | {"value_ptr": "*fp32"})
-    yield Case("pack 6", pack_kernel, {"BITS": 6}, _CODES)
-    yield Case("unpack 6", unpack_kernel, {"BITS": 6}, _CODES)
-    yield Case(
-        "tap_sums 9", tap_sums_kernel, {"TAPS": 9}, {"weight_ptr": weight, "sum_ptr": "*fp64", "square_ptr": "*fp64"}
-    )
-    floats = ("y_ptr", "now_ptr", "factor_ptr", "inverse_ptr", "offset_ptr", "step_ptr", "lost_ptr")
-    sweep = dict.fromkeys(floats, "*fp32") | {"level_ptr": "*u8", "low": "fp32", "high": "fp32"}
-    for name, grouped, group in (("feedback", False, "*fp32"), ("feedback grouped", True, "*i64")):
-        yield Case(name, feedback_kernel, {"GROUPED": grouped}, sweep | {"group_ptr": group}, feedback_shape)
-
-
-def compile_case(case: Case, target: str, length: int) -> Cost:
-    shape = case.shape(1 << 16, length)
-    constants = case.constants | {"ROWS": shape.rows, "BLOCK": shape.block}
+def compiled(case: Case, shape: Shape, target: str) -> Cost:
+    """Compile one launch shape and read its cost."""
+    constants = {name: value for name, value in case.constants.items() if name in case.kernel.arg_names}
+    constants |= shape.constants
     names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in constants else case.pointers.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else case.type_of(name) for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs)
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    if "amdgcn" in compiled.asm:
-        registers, spills = cost_of_amdgcn(compiled.asm["amdgcn"])
-    else:
-        registers, spills = cost_of_ptx(compiled.asm["ptx"], target)
-    return Cost(registers, spills, compiled.metadata.shared)
+    return cost_of(triton.compile(source, target=TARGETS[target], options=options), shape.trips)
 
 
-def cost_of_ptx(ptx: str, target: str) -> tuple[int, int]:
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / ptxas_name(target)
-    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [
-            ptxas,
-            "-v",
-            "--fmad=false",
-            "-lineinfo",
-            f"--gpu-name={architecture}",
-            source,
-            "-o",
-            Path(folder) / "kernel.cubin",
-        ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spills
+def line(case: Case, weight: str, length: int, shape: Shape, target: str, cost: Cost) -> str:
+    """Return a row of the table."""
+    held = shape.thread_bytes
+    load = max((width for width in cost.loads if held and cost.wide_bytes(width) >= held), default="")
+    text = f"{case.name:22}{weight:>7}{length:>7}{shape.label:>13}{target:>8}"
+    text += f"{cost.registers:>6}{cost.spilled:>6}{cost.shared:>7}{load:>6}{programs(cost, shape, target):>9}"
+    if not cost.pipes or not held:
+        return text
+    threads = shape.num_warps * TARGETS[target].warp_size
+    text += "".join(f"{cost.pipes[pipe] * threads / shape.elements:>8.1f}" for pipe in COUNTED)
+    moved = case.bytes_of(weight) * shape.elements + case.segment_bytes * shape.segments
+    fraction, pipe = copy_fraction(cost.pipes, threads, shape.elements, moved / shape.elements)
+    return text + f"{fraction:>7.2f} {pipe}"
 
 
-def ptxas_name(target: str) -> str:
-    own = "ptxas-blackwell"
-    found = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / own).is_file()
-    return own if target == "sm_100" and found else "ptxas"
-
-
-def cost_of_amdgcn(text: str) -> tuple[int, int]:
-    count = {key: int(value) for key, value in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", text)}
-    return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
+def programs(cost: Cost, shape: Shape, target: str) -> int:
+    """Return how many programs a multiprocessor holds at a time: by its registers, threads and shared memory."""
+    warp = TARGETS[target].warp_size
+    held = -(-max(cost.registers, 1) // 8) * 8 * warp * shape.num_warps
+    most = 2048 // (warp * shape.num_warps)
+    return min(REGISTERS[warp] // held, most, 32, SHARED_LIMIT[target] // (cost.shared + 1024))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--only", default="", help="compile the kernels whose name begins with this")
+    parser.add_argument("--only", nargs="+", default=[""], help="kernels whose name begins with one of these")
     parser.add_argument("--weights", nargs="+", choices=["fp32", "fp16", "bf16"], default=["fp32"])
+    parser.add_argument("--all", action="store_true", help="every kind of tile instead of those of --lengths")
+    parser.add_argument(
+        "--together", action="store_true", help="also launches over different tensors, all kinds in one"
+    )
     options = parser.parse_args()
-    print(f"{'kernel':24}{'weight':>8}{'length':>8}{'target':>8}{'registers':>11}{'spilled':>9}{'shared':>8}")
-    failures = 0
-    for weight, length in product(options.weights, options.lengths):
-        chosen = [case for case in cases(f"*{weight}") if case.name.startswith(options.only)]
-        for case, target in product(chosen, options.targets):
-            cost = compile_case(case, target, length)
-            bad = cost.spills > 0 or cost.shared > SHARED_LIMIT[target]
-            failures += bad
-            numbers = f"{cost.registers:>11}{cost.spills:>9}{cost.shared:>8}"
-            print(f"{case.name:24}{weight:>8}{length:>8}{target:>8}{numbers}{'  FAILS' * bad}", flush=True)
-    print(f"{failures} of the compiled kernels spill or need too much shared memory")
-    return 1 if failures else 0
+    print(HEADER + f"{'programs':>9}" + "".join(f"{pipe:>8}" for pipe in COUNTED) + f"{'copy':>7}", flush=True)
+    failed = 0
+    for weight, target in product(options.weights, options.targets):
+        for case, length, shape in chosen(options, weight, TARGETS[target].warp_size):
+            cost = compiled(case, shape, target)
+            wrong = ", ".join(faults(cost, shape, target))
+            failed += bool(wrong)
+            print(line(case, weight, length, shape, target, cost) + f"  FAILS: {wrong}" * bool(wrong), flush=True)
+    print(f"{failed} of the compiled kernels spill, need too much shared memory or load narrower than they could")
+    return 1 if failed else 0
+
+
+def chosen(options: argparse.Namespace, weight: str, warp: int) -> Iterator[tuple[Case, int, Shape]]:
+    """Yield the launch shapes that the command line asks for."""
+    for case in cases(weight):
+        if not case.name.startswith(tuple(options.only)):
+            continue
+        every = options.all and case.tabled
+        for length, shape in (
+            every_tile(case, weight, warp) if every else shapes_of(case, options.lengths, weight, warp)
+        ):
+            yield case, length, shape
+        if case.tabled and options.together:
+            yield case, 0, together(case, weight, warp)
 
 
 if __name__ == "__main__":

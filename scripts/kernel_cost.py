@@ -80,7 +80,7 @@ def cost_of(compiled: Any, trips: int = 1) -> Cost:
         code = _tool("nvdisasm", "-c", file)
     cost = cost_of_sass(code, trips)
     cost.shared, cost.registers = shared, int(_found(r"REG:(\d+)", usage))
-    cost.spilled += int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
+    cost.spilled = int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
     return cost
 
 
@@ -112,7 +112,6 @@ def cost_of_sass(code: str, trips: int = 1) -> Cost:
         if pipe:
             cost.pipes[pipe] += times * (max(1, width // 4) if pipe == "lsu" and base != "SHFL" else 1)
         cost.loads[width] += base == "LDG"
-        cost.spilled += width * (base in ("LDL", "STL"))
     cost.loads = +cost.loads
     return cost
 

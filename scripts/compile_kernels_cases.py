@@ -1,0 +1,193 @@
+"""What compile_kernels.py compiles: every kernel with its constants, and the tile or block of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dfmpc.kernels.compensate import compensate_kernel
+from dfmpc.kernels.dequantize import dequantize_kernel
+from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
+from dfmpc.kernels.launch import LaunchShape, launch_shape
+from dfmpc.kernels.moments import moments_kernel
+from dfmpc.kernels.packing import pack_kernel, unpack_kernel
+from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, tile_for, tiles
+from dfmpc.kernels.statistics import statistics_kernel
+from dfmpc.kernels.sweep_kernel import sweep_kernel
+from dfmpc.kernels.tap_sums import tap_sums_kernel
+from dfmpc.kernels.ternary_kernel import ternary_kernel
+from dfmpc.kernels.uniform_kernel import uniform_kernel
+from kernel_cost import SHARED_LIMIT, Cost
+
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+_INT64 = ("table", "square", "kept", "abs", "dot", "norm", "layer", "total", "mean_total", "variance_total")
+_OTHER = {
+    "programs": "*i32",
+    "count": "*i32",
+    "codes": "*u8",
+    "packed": "*u8",
+    "level": "*u8",
+    "start": "*i64",
+    "taps": "*i32",
+}
+_FLOAT64 = ("vector", "lambda", "c", "rho", "mean", "variance")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its constants. ``types`` are those of arguments that their names do not tell."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, object]
+    types: dict[str, str]
+    shape: Callable[[int, int], LaunchShape] = launch_shape
+    written: float = 0.0
+    """Bytes of codes an element that the kernel writes."""
+    segment_bytes: int = 0
+    """Bytes of scales and sums a segment that it writes."""
+    by_channel: bool = False
+    """Whether a thread takes the taps of an input channel one by one, so that its loads are single elements."""
+
+    @property
+    def tabled(self) -> bool:
+        """Whether it works from a launch table, in tiles."""
+        return "KINDS" in self.kernel.arg_names
+
+    def bytes_of(self, weight: str) -> float:
+        """Return the bytes read and written an element."""
+        return ITEMSIZE[weight] + self.written
+
+    def type_of(self, argument: str) -> str:
+        """Return Triton's name of an argument's type."""
+        name = argument.removesuffix("_ptr")
+        if argument in self.types:
+            return self.types[argument]
+        if name == argument:
+            return "i32"
+        return _OTHER.get(name, "*i64" if name in _INT64 else "*fp64" if name in _FLOAT64 else "*fp32")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One launch shape of a case: its constants, its size, and how wide its loads can be."""
+
+    label: str
+    constants: dict[str, object]
+    num_warps: int
+    elements: int
+    """Of the rows a program takes, all of them."""
+    segments: int
+    trips: int
+    """How often a loop over a row runs."""
+    load_bytes: int
+    """Bytes that one load of a thread can be wide."""
+    thread_bytes: int
+    """Bytes of weights that a thread loads before a loop begins again; 0 where that is not checked."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of the widest load that a thread's part of a chunk allows."""
+        return min(self.load_bytes, self.thread_bytes)
+
+
+def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
+    """Return the shape of ``tile`` on a GPU whose warps have ``warp`` threads."""
+    size, warps = ITEMSIZE[weight], NUM_WARPS * LANES // warp
+    constants = {"DTYPE": weight, "KINDS": (tile.code,), "WARPS": NUM_WARPS}
+    held = tile.rows * tile.elements * size // (warps * warp)
+    wide = tile.vector if tile.aligned else 1
+    return Shape(
+        label=f"{tile.threads}×{tile.chunks}×{tile.vector}{' loop' * tile.loop}{'' if tile.aligned else ' any'}",
+        constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
+        num_warps=warps,
+        elements=tile.rows * length,
+        segments=tile.rows,
+        trips=-(-length // tile.elements),
+        load_bytes=max(size, min(wide, tile.rows * tile.threads * tile.vector // (warps * warp)) * size),
+        thread_bytes=0 if case.by_channel else held,
+    )
+
+
+def blocked(case: Case, length: int, warp: int) -> Shape:
+    """Return the shape of a kernel that takes rows and blocks of columns."""
+    shape = case.shape(1 << 16, length)
+    constants = {"ROWS": shape.rows, "BLOCK": shape.block}
+    return Shape(
+        label=f"{shape.rows}×{shape.block}",
+        constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
+        num_warps=max(1, shape.num_warps * LANES // warp),
+        elements=shape.rows * length,
+        segments=shape.rows,
+        trips=-(-length // shape.block),
+        load_bytes=0,
+        thread_bytes=0,
+    )
+
+
+def shapes_of(case: Case, lengths: list[int], weight: str, warp: int) -> Iterator[tuple[int, Shape]]:
+    """Yield the launch shapes that rows of ``lengths`` get, each kind of tile once."""
+    seen = set()
+    for length in lengths:
+        if not case.tabled:
+            yield length, blocked(case, length, warp)
+            continue
+        size = ITEMSIZE[weight]
+        for mixed in (False, True):
+            tile = tile_for(length, size, length * size % 16 == 0, mixed)
+            if tile not in seen:
+                seen.add(tile)
+                yield length, tiled(case, tile, length, weight, warp)
+
+
+def every_tile(case: Case, weight: str, warp: int) -> Iterator[tuple[int, Shape]]:
+    """Yield the launch shapes of all kinds of tile, each for the longest row that it holds."""
+    size = ITEMSIZE[weight]
+    for tile in dict.fromkeys((*tiles(size, False), *tiles(size, True))):
+        length = tile.elements * (16 if tile.loop else 1)
+        yield length, tiled(case, tile, length, weight, warp)
+
+
+def together(case: Case, weight: str, warp: int) -> Shape:
+    """Return the shape of a launch over different tensors: all its kinds of tile are branches of one kernel."""
+    kinds = tiles(ITEMSIZE[weight], True)
+    one = tiled(case, kinds[0], kinds[0].elements, weight, warp)
+    constants = one.constants | {"KINDS": tuple(tile.code for tile in kinds)}
+    return replace(one, label=f"{len(kinds)} kinds", constants=constants, load_bytes=0, thread_bytes=0)
+
+
+def cases(weight: str) -> Iterator[Case]:
+    """Yield every kernel, for weights of a type."""
+    weights = {"weight_ptr": f"*{weight}"}
+    fine = {"FINENESS": 40}
+    yield Case("statistics", statistics_kernel, fine, weights, segment_bytes=28)
+    yield Case(
+        "ternary", ternary_kernel, fine | {"GIVEN": "", "LAYER_WISE": False}, weights, written=0.25, segment_bytes=24
+    )
+    for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
+        constants = {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
+        yield Case(
+            f"uniform {grid} {bits}", uniform_kernel, fine | constants, weights, written=bits / 8, segment_bytes=48
+        )
+        yield Case(f"dequantize {grid} {bits}", dequantize_kernel, constants, {}, written=bits / 8)
+    yield Case("sweep", sweep_kernel, fine | {"GRID": "dorefa", "WIDTHS": tuple(range(2, 9))}, {}, segment_bytes=192)
+    yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, by_channel=True)
+    yield Case("pack 6", pack_kernel, {"BITS": 6}, {})
+    yield Case("unpack 6", unpack_kernel, {"BITS": 6}, {})
+    doubles = {"sum_ptr": "*fp64", "square_ptr": "*fp64"}
+    yield Case("tap_sums 9", tap_sums_kernel, {"TAPS": 9}, weights | doubles)
+    for name, grouped, group in (("feedback", False, "*fp32"), ("feedback grouped", True, "*i64")):
+        types = {"group_ptr": group, "low": "fp32", "high": "fp32"}
+        yield Case(name, feedback_kernel, {"GROUPED": grouped}, types, feedback_shape)
+    yield Case("compensate", compensate_kernel, {"DEAD": 1e-6, "BLOCK": 256}, {"dead_ptr": "*u8"})
+
+
+def faults(cost: Cost, shape: Shape, target: str) -> Iterator[str]:
+    """Yield what is wrong with a compiled kernel."""
+    if cost.spilled:
+        yield "spills"
+    if cost.shared > SHARED_LIMIT[target]:
+        yield "shared memory above the limit"
+    if cost.wide_bytes(shape.width) < shape.thread_bytes:
+        yield f"loads narrower than {shape.width} bytes"
