@@ -97,20 +97,22 @@ def tile_for(length: int, itemsize: int, aligned: bool, mixed: bool) -> Tile:
     return next(tile for tile in usable if tile.loop and tile.threads == threads)
 
 
+WALK = 160
+"""Elements that a thread should have to do where segments are walked over again."""
+
+
 @cache
 def walking_tiles(itemsize: int) -> tuple[Tile, ...]:
     """Return the kinds of tile of kernels that hold nothing, but walk over every segment again (Batch.walked)."""
     vector = LOAD_BYTES // itemsize
-    aligned = [Tile(threads, 2, vector, True, loop=True) for threads in (4, 8, 32)]
-    return (*aligned, *(Tile(threads, 4, 1, False, loop=True) for threads in (1, 8, 32)))
+    aligned = [Tile(threads, 2, vector, True, loop=True) for threads in (1, 4, 16, 32)]
+    return (*aligned, *(Tile(threads, 4, 1, False, loop=True) for threads in (1, 16)))
 
 
 def walking_tile(length: int, itemsize: int, aligned: bool) -> Tile:
-    """Return the tile whose threads have enough to do, and whose rows stay in the nearest cache for the second walk."""
-    few, some, many = [tile for tile in walking_tiles(itemsize) if tile.aligned == aligned]
-    if length < few.threads * 64:
-        return few
-    return some if length < LONG else many
+    """Return the tile of fewest threads a segment that gives each no more than it should have to do, if one does."""
+    usable = [tile for tile in walking_tiles(itemsize) if tile.aligned == aligned]
+    return next((tile for tile in usable if length < WALK * tile.threads), usable[-1])
 
 
 def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:

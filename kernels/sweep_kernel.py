@@ -200,15 +200,16 @@ def _level(x: tl.tensor, GRID: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     MAGIC: tl.constexpr = 6755399441055744.0
     if GRID == "dorefa":
         bits = ((x + (2**BITS - 1) / 2) + MAGIC).to(tl.int64, bitcast=True)
-        twice = bits.to(tl.int32) * 2
-        code = twice - (2**BITS - 1)
+        low = bits.to(tl.int32) * 2
+        code = low - (2**BITS - 1)
         above: tl.constexpr = MAGIC + (2**BITS - 1)
     else:
         bits = (x + (MAGIC + 2**BITS)).to(tl.int64, bitcast=True)
-        code = tl.minimum(tl.maximum(bits.to(tl.int32) - 2**BITS, 1 - 2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
-        twice = code + 2**BITS
+        q = tl.maximum(bits.to(tl.int32), 2 ** (BITS - 1) + 1)
+        low = tl.minimum(q, 3 * 2 ** (BITS - 1) - 1)
+        code = low - 2**BITS
         above: tl.constexpr = MAGIC + 2**BITS
-    bits = (bits & -4294967296) | twice.to(tl.uint32, bitcast=True).to(tl.int64)
+    bits = (bits & -4294967296) | low.to(tl.uint32, bitcast=True).to(tl.int64)
     return code, bits.to(tl.float64, bitcast=True) - above
 
 
