@@ -12,7 +12,7 @@ from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
 from dfmpc.kernels.launch import LaunchShape, launch_shape
 from dfmpc.kernels.moments import moments_kernel
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
-from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, tile_for, tiles
+from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, tile_for, tiles, walking_tile, walking_tiles
 from dfmpc.kernels.statistics import statistics_kernel
 from dfmpc.kernels.sweep_kernel import sweep_kernel
 from dfmpc.kernels.tap_sums import tap_sums_kernel
@@ -47,6 +47,8 @@ class Case:
     """Bytes of codes an element that the kernel writes."""
     segment_bytes: int = 0
     """Bytes of scales and sums a segment that it writes."""
+    walked: bool = False
+    """Whether it holds nothing, but walks over its segments again."""
     by_channel: bool = False
     """Whether a thread takes the taps of an input channel one by one, so that its loads are single elements."""
 
@@ -58,6 +60,19 @@ class Case:
     def bytes_of(self, weight: str) -> float:
         """Return the bytes read and written an element."""
         return ITEMSIZE[weight] + self.written
+
+    def tiles(self, itemsize: int) -> tuple[Tile, ...]:
+        """Return all kinds of tile that one of its launches may have."""
+        if self.walked:
+            return walking_tiles(itemsize)
+        return tuple(dict.fromkeys((*tiles(itemsize, False), *tiles(itemsize, True))))
+
+    def tiles_for(self, length: int, itemsize: int) -> tuple[Tile, ...]:
+        """Return its tile for rows of ``length``, alone and in a launch over different tensors."""
+        aligned = length * itemsize % 16 == 0
+        if self.walked:
+            return (walking_tile(length, itemsize, aligned),)
+        return tuple(tile_for(length, itemsize, aligned, mixed) for mixed in (False, True))
 
     def type_of(self, argument: str) -> str:
         """Return Triton's name of an argument's type."""
@@ -133,9 +148,7 @@ def shapes_of(case: Case, lengths: list[int], weight: str, warp: int) -> Iterato
         if not case.tabled:
             yield length, blocked(case, length, warp)
             continue
-        size = ITEMSIZE[weight]
-        for mixed in (False, True):
-            tile = tile_for(length, size, length * size % 16 == 0, mixed)
+        for tile in case.tiles_for(length, ITEMSIZE[weight]):
             if tile not in seen:
                 seen.add(tile)
                 yield length, tiled(case, tile, length, weight, warp)
@@ -143,15 +156,15 @@ def shapes_of(case: Case, lengths: list[int], weight: str, warp: int) -> Iterato
 
 def every_tile(case: Case, weight: str, warp: int) -> Iterator[tuple[int, Shape]]:
     """Yield the launch shapes of all kinds of tile, each for the longest row that it holds."""
-    size = ITEMSIZE[weight]
-    for tile in dict.fromkeys((*tiles(size, False), *tiles(size, True))):
+    for tile in case.tiles(ITEMSIZE[weight]):
         length = tile.elements * (16 if tile.loop else 1)
         yield length, tiled(case, tile, length, weight, warp)
 
 
 def together(case: Case, weight: str, warp: int) -> Shape:
     """Return the shape of a launch over different tensors: all its kinds of tile are branches of one kernel."""
-    kinds = tiles(ITEMSIZE[weight], True)
+    size = ITEMSIZE[weight]
+    kinds = walking_tiles(size) if case.walked else tiles(size, True)
     one = tiled(case, kinds[0], kinds[0].elements, weight, warp)
     constants = one.constants | {"KINDS": tuple(tile.code for tile in kinds)}
     return replace(one, label=f"{len(kinds)} kinds", constants=constants, load_bytes=0, thread_bytes=0)
@@ -171,8 +184,15 @@ def cases(weight: str) -> Iterator[Case]:
             f"uniform {grid} {bits}", uniform_kernel, fine | constants, weights, written=bits / 8, segment_bytes=48
         )
         yield Case(f"dequantize {grid} {bits}", dequantize_kernel, constants, {}, written=bits / 8)
-    yield Case("sweep", sweep_kernel, fine | {"GRID": "dorefa", "WIDTHS": tuple(range(2, 9))}, {}, segment_bytes=192)
-    yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, by_channel=True)
+    yield Case(
+        "sweep",
+        sweep_kernel,
+        fine | {"GRID": "dorefa", "WIDTHS": tuple(range(2, 9))},
+        {},
+        segment_bytes=192,
+        walked=True,
+    )
+    yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, walked=True, by_channel=True)
     yield Case("pack 6", pack_kernel, {"BITS": 6}, {})
     yield Case("unpack 6", unpack_kernel, {"BITS": 6}, {})
     doubles = {"sum_ptr": "*fp64", "square_ptr": "*fp64"}

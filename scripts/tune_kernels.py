@@ -39,7 +39,6 @@ from dfmpc.kernels.tuned import FOLDER, Choice, config_name, read_choices, write
 KERNELS = {
     "ternary": "ternary_kernel",
     "uniform 4": "uniform_kernel",
-    "sweep": "sweep_kernel",
     "statistics": "statistics_kernel",
 }
 """The operation that is timed for each kernel."""
