@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from .. import faults
 from ..artifact.owner import Owner
 from ..errors import StorageError
@@ -64,6 +66,7 @@ class Event:
     """Name of the writer's file, which is not written into it."""
 
 
+_KINDS: dict[str, Kind] = {str(kind): kind for kind in Kind}
 _WRITTEN = tuple(field.name for field in fields(Event) if field.name != "process")
 
 
@@ -151,19 +154,18 @@ def read_events(run: RunFolder) -> list[Event]:
 
 
 def _events(file: Path) -> Iterator[Event]:
-    names = {field.name for field in fields(Event)} - {"kind", "process"}
+    process = file.stem
     for content in _lines(file):
-        try:
-            kind = Kind(str(content.get("kind")))
-        except ValueError:
-            continue
-        yield Event(kind, **{name: str(content[name]) for name in names & content.keys()}, process=file.stem)
+        kind = _KINDS.get(str(content.get("kind")))
+        if kind is not None:
+            texts = {name: str(content[name]) for name in _WRITTEN if name != "kind" and name in content}
+            yield Event(kind, **texts, process=process)
 
 
 def _lines(file: Path) -> Iterator[dict[str, object]]:
     for line in file.read_bytes().split(b"\n"):
         try:
-            content = json.loads(line)
+            content = from_json(line) if line else None
         except ValueError:
             continue
         if isinstance(content, dict):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..artifact.attempts import sweep
 from ..errors import InterruptedRunError, StorageError, UsageError
@@ -16,9 +17,6 @@ from ..report.compact import compact
 from ..report.parts import read_models
 from ..report.rows import ModelRow
 from ..report.tables import counted
-from .cluster.ray import RayDispatcher
-from .cluster.ray_cluster import RayCluster
-from .cluster.ray_connect import connected
 from .filesystem import check_filesystem
 from .latest import Publisher
 from .ledger import Event, Kind, Ledger
@@ -43,6 +41,10 @@ from .store import FrozenRun, Store, freeze
 from .summary import RunOptions, RunSummary
 from .vanished import Vanished, note_vanished
 
+if TYPE_CHECKING:
+    from .cluster.ray import RayDispatcher
+    from .cluster.ray_cluster import RayCluster
+
 __all__ = ["RunOptions", "RunSummary", "exit_code_of", "run_job"]
 
 _GIB = 2**30
@@ -63,7 +65,7 @@ def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = l
     tasks = choose(expand(loaded), options.only)
     with ExitStack() as signals:
         with ExitStack() as cluster:  # while it is connected stdout is not ours
-            ray = cluster.enter_context(connected(options.ray_address)) if options.executor == "ray" else None
+            ray = cluster.enter_context(_ray_at(options.ray_address)) if options.executor == "ray" else None
             summary = _run_tasks(loaded, tasks, options, ray, signals)
         for text in summary.unmatched:
             print(f"dfmpc: warning: {text}", file=sys.stderr)
@@ -95,6 +97,12 @@ def _run_tasks(
     interrupts = signals.enter_context(Interrupts())
     run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
     return run.summary(run.carry_out(devices, asked, interrupts))
+
+
+def _ray_at(address: str) -> AbstractContextManager[RayCluster]:
+    from .cluster.ray_connect import connected  # noqa: PLC0415 - every other run starts sooner without
+
+    return connected(address)
 
 
 def sweep_leftovers(store: Store, progress: Progress) -> None:
@@ -238,6 +246,8 @@ class _Run:
 
         if self._ray is not None:
             settings = replace(settings, device=devices[0])
+            from .cluster.ray import RayDispatcher  # noqa: PLC0415 - every other run starts sooner without
+
             return RayDispatcher(self._ray, self._board, self._tally, self._deadline, limits, settings, observe)
         promises, slots = Promises(host_bytes, devices), make_slots(devices, each, settings)
         return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits, observe)

@@ -54,15 +54,12 @@ class Board:
         groups: dict[str, deque[Item]] = {}
         for item in items:
             groups.setdefault(item.model, deque()).append(item)
-        self._waiting = groups
+        self._waiting, self._count = groups, sum(len(group) for group in groups.values())
         self._sort()
         self._delayed: list[Item] = []
 
     def __len__(self) -> int:
-        return sum(len(group) for group in self._waiting.values())
-
-    def __bool__(self) -> bool:
-        return any(self._waiting.values())
+        return self._count
 
     def items(self) -> list[Item]:
         """Return all that waits."""
@@ -84,6 +81,7 @@ class Board:
 
     def put_back(self, item: Item) -> None:
         """Let ``item`` wait again, before the others of its model."""
+        self._count += 1
         if item.model in self._waiting:
             self._waiting[item.model].appendleft(item)
         else:
@@ -102,6 +100,7 @@ class Board:
         found = [item for item in self.items() if test(item)]
         for item in found:
             self._waiting[item.model].remove(item)
+        self._count -= len(found)
         self._waiting = {name: group for name, group in self._waiting.items() if group}
         return found
 
@@ -127,6 +126,7 @@ class Board:
         for item in reversed(group) if last else group:
             if item.history.mode.alone is alone and item.not_before <= now and may(item):
                 group.remove(item)
+                self._count -= 1
                 if not group:
                     del self._waiting[name]
                 return item

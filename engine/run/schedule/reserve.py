@@ -87,10 +87,14 @@ class Promises:
 
 def _needs(slot: Slot, item: Item) -> tuple[float, float]:
     """Return bytes of host and device: the larger of those at hand, and the largest input that may be read ahead."""
-    held = [*slot.given, item]
-    ahead = max((each.bytes for each in held if each.model != held[0].model), default=0)
-    on_device = (0.0 if each.history.mode.on_cpu else each.device_bytes for each in held)
-    return max(each.host_bytes for each in held) + ahead, max(on_device)
+    first, host, device, ahead = (slot.given or [item])[0].model, 0.0, 0.0, 0
+    for each in (*slot.given, item):
+        host = max(host, each.host_bytes)
+        if not each.history.mode.on_cpu:
+            device = max(device, each.device_bytes)
+        if each.model != first:
+            ahead = max(ahead, each.bytes)
+    return host + ahead, device
 
 
 def available_host_bytes() -> float | None:
