@@ -143,3 +143,39 @@ def test_groups_with_a_short_last_one_take_the_measured_warps(device: str, monke
     monkeypatch.setattr(table, "choice_for", lambda *_: GOOD)
     weight = torch.randn(3, 64 + 27, generator=torch.Generator().manual_seed(4)).to(device)
     assert _same(ternary_triton(weight, group_size=64), ternary_reference(weight.cpu(), group_size=64))
+
+
+@pytest.mark.parametrize(("itemsize", "length"), [(4, 64), (4, 576), (2, 4096), (4, 14336)])
+def test_the_tuner_tries_tiles_that_hold_a_row_or_walk_over_it(
+    itemsize: int, length: int, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(project / "scripts")
+    from tune_kernels import candidates  # noqa: PLC0415
+
+    found = list(candidates("ternary_kernel", itemsize, length))
+    assert len(set(found)) == len(found) >= 5
+    for choice in found:
+        held = choice.threads * choice.chunks * 16 // itemsize
+        assert (2 * held <= length) if choice.loop else (length <= held < 1.5 * length)
+    file = tmp_path / "card.json"
+    write_choices(file, "card", "by a test", found)
+    assert set(read_choices(file)) == set(found)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_the_tuner_forces_a_shape_within_its_context(
+    device: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(project / "scripts")
+    from bench_kernels_launches import catching  # noqa: PLC0415
+    from tune_kernels import launched_as  # noqa: PLC0415
+
+    weight = torch.randn(4, 64, device=device)
+    grids = []
+    for choice in (GOOD, Choice("ternary_kernel", 4, 64, 8, 2, loop=False, num_warps=8), None):
+        with launched_as(choice), catching() as caught:
+            ternary_triton(weight, group_size=64)
+        grids.append((caught.launches[0].constants["KINDS"], caught.launches[0].constants["num_warps"]))
+    assert grids[0] == ((Tile(4, 4, 4, True).code,), 2)
+    assert grids[1] == ((Tile(8, 2, 4, True).code,), 8)
+    assert grids[2] == ((tile_for(64, 4, True, mixed=False).code,), 4)
