@@ -9,8 +9,8 @@ run string!, task string!, model string!, bit_plan string!, method string!, stat
 tz=UTC]!, attempt string!, recipe string, tier string, calibrator string, key string, artifact string, error_class
 string, error string, failure string, attempts int64, params int64, pairs int64, bytes_before int64, bytes_after
 int64, ratio double, bits_per_weight double, top1_before double, top1_after double, top5_before double, top5_after
-double, agreement double, kl double, logit_sqnr_db double, measured_on string, images int64, gate string, gate_reason string,
-read_s double, compress_s double, write_s double, commit_s double, evaluate_s double, gb_per_s double,
+double, agreement double, kl double, logit_sqnr_db double, measured_on string, images int64, gate string, gate_reason
+string, read_s double, compress_s double, write_s double, commit_s double, evaluate_s double, gb_per_s double,
 peak_host_bytes int64, peak_device_bytes int64, device string, numerics string, dfmpc_version string,
 torch_version string
 """
