@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
+from .optimum import optimal_thresholds
 from .packing import pack_reference
 from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts, segment_sizes
 from .statistics import row_statistics_reference, statistics_batch
@@ -14,6 +17,8 @@ from .sums import exact_total, exponents, fineness, power_of_two, tree_sum
 from .table import Batch
 from .ternary_kernel import ternary_kernel
 
+Rule = Literal["twn", "exact"]
+"""How a threshold is found: 0.7 of the mean magnitude, or the one of least squared error."""
 THRESHOLD = 0.7
 """Of the mean magnitude: the minimiser of the squared error for normal and uniform weights, approximately."""
 
@@ -46,20 +51,23 @@ def _segment_codes(segments: Tensor, bits: int, threshold: Tensor | None) -> tup
     return codes, (absmax, absmax, squares, kept, count, segments.shape[1] - count)
 
 
-def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
+def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
     """Launch the kernel on one tensor; see ``ternary_reference``."""
     format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
-    return ternary_batch(Batch.of(weight, format))[0] if weight.numel() else nothing(format, weight)
+    return ternary_batch(Batch.of(weight, format), rule)[0] if weight.numel() else nothing(format, weight)
 
 
-def ternary_batch(batch: Batch) -> list[Quantized]:
+def ternary_batch(batch: Batch, rule: Rule = "twn") -> list[Quantized]:
     """Launch the kernel once over all tensors of ``batch``; see ``ternary_reference``."""
     layer_wise = batch.entries[0].format.layer_wise
     packed, absmax, count = batch.flat_bytes(), batch.flat(torch.float32), batch.flat(torch.int32)
     squares, kept = batch.flat(torch.int64), batch.flat(torch.int64)
     threshold = _layer_thresholds(batch) if layer_wise else absmax
-    outputs = (packed, absmax, squares, kept, count)
     given = "tensor" if layer_wise else ""
+    if rule == "exact":
+        threshold = torch.cat([optimal_thresholds(entry.weight, entry.format).flatten() for entry in batch.entries])
+        given = "tensor" if layer_wise else "segment"
+    outputs = (packed, absmax, squares, kept, count)
     batch.launch(ternary_kernel, threshold, *outputs, GIVEN=given, FINENESS=batch.fineness)
     sums = [found.cpu() for found in outputs[1:]]
     found = []
@@ -94,11 +102,12 @@ def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
     return finish(format, codes, scale.to(codes.device), None, sums, dot_unit=dot_unit, norm_unit=norm_unit)
 
 
-def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
+def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
     """Quantize ``weight`` (float32, float16 or bfloat16 [rows, length]) to {-1, 0, 1} times a scale.
 
     A segment's threshold is float32(0.7 * mean|w|); weights strictly above it keep their sign; the scale is the mean
     magnitude of those kept, 0 where there are none. ``layer_wise`` takes one threshold and scale for the whole tensor.
+    The ``rule`` "exact" takes the threshold of least squared error instead (optimum.py).
 
     Raises:
         ValueError: the weight's shape or type or the group size cannot be used.
@@ -110,24 +119,27 @@ def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = Fal
     rows, length = weight.shape
     bits = fineness(format.group_size)
     threshold = None
-    if layer_wise:
+    if rule == "exact":
+        threshold = optimal_thresholds(weight, format).expand(rows, format.groups)
+    elif layer_wise:
         statistics = row_statistics_reference(weight, length)
         require_finite(statistics.absmax)
-        threshold = _layer_threshold(statistics.abs_sum, weight.numel())
+        threshold = _layer_threshold(statistics.abs_sum, weight.numel()).expand(rows, format.groups)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
     sums = SegmentSums.empty(rows, format.groups, weight.device)
     for chunk in row_chunks(rows, length):
         codes = torch.empty((chunk.stop - chunk.start, length), dtype=torch.uint8, device=weight.device)
         for part in row_parts(length, format.group_size):
             segments = weight[chunk, part.columns].reshape(-1, part.length).float()
-            u, found = _segment_codes(segments, bits, threshold)
+            given = None if threshold is None else threshold[chunk, part.groups].flatten()
+            u, found = _segment_codes(segments, bits, given)
             codes[:, part.columns] = u.view(len(codes), -1)
             sums.put(chunk, part.groups, found)
         packed[chunk] = pack_reference(codes, 2)
     return _finish(format, packed, sums)
 
 
-def ternary(weight: Tensor, *, group_size: int, layer_wise: bool = False) -> Quantized:
+def ternary(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
     """Quantize to ternary codes; see ``ternary_reference``."""
     run = ternary_triton if use_triton(weight) else ternary_reference
-    return run(weight, group_size=group_size, layer_wise=layer_wise)
+    return run(weight, group_size=group_size, layer_wise=layer_wise, rule=rule)
