@@ -97,6 +97,8 @@ def tile_for(length: int, itemsize: int, aligned: bool, mixed: bool) -> Tile:
     return next(tile for tile in usable if tile.loop and tile.threads == threads)
 
 
+SMALL = 16
+"""Elements a thread may hold for four programs to fit a multiprocessor's registers."""
 WALK = 160
 """Elements that a thread should have to do where segments are walked over again."""
 
@@ -113,6 +115,15 @@ def walking_tile(length: int, itemsize: int, aligned: bool) -> Tile:
     """Return the tile of fewest threads a segment that gives each no more than it should have to do, if one does."""
     usable = [tile for tile in walking_tiles(itemsize) if tile.aligned == aligned]
     return next((tile for tile in usable if length < WALK * tile.threads), usable[-1])
+
+
+def most_registers(kinds: tuple[Tile, ...]) -> int | None:
+    """Return the registers a thread may have in a kernel of ``kinds`` on NVIDIA; none where a thread holds much.
+
+    Without a number ptxas aims at one more program a multiprocessor and spills for it where it just misses.
+    """
+    small = all(tile.chunks * tile.vector <= SMALL for tile in kinds)
+    return 65536 // (4 * LANES * kinds[0].warps) if small and kinds[0].warps == NUM_WARPS else None
 
 
 def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:

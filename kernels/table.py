@@ -17,7 +17,7 @@ from torch import Tensor
 from .formats import CodeFormat
 from .launch import on_device
 from .segments import Part
-from .shapes import LANES, Tile, measured_tile, tile_for, tiles, walking_tile, walking_tiles
+from .shapes import LANES, Tile, measured_tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
 from .sums import fineness
 from .tuned import Choice, choice_for, choices_for
 
@@ -147,6 +147,7 @@ class Batch:
                 WARPS=chosen[0].warps,
                 num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
                 enable_fp_fusion=False,
+                **_register_limit(None if self.walked else most_registers(kinds)),
             )
 
     def _measured(self, kernel: Any) -> Choice | None:
@@ -172,6 +173,11 @@ FIELDS = 10
 from one segment's codes to the next, first segment of the outputs, step between segments there, the tensor's number in
 the launch, its kind of tile (tiles.item_of, tiles.segments_of)."""
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _register_limit(registers: int | None) -> dict[str, int]:
+    """Return the launch option that gives a thread so many registers; AMD has none of that kind."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
 
 
 def _warp_threads() -> int:

@@ -55,6 +55,8 @@ def compiled(case: Case, shape: Shape, target: str) -> Cost:
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
+    if shape.registers and TARGETS[target].backend == "cuda":
+        options["maxnreg"] = shape.registers
     return cost_of(triton.compile(source, target=TARGETS[target], options=options), shape.trips)
 
 

@@ -12,7 +12,7 @@ from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
 from dfmpc.kernels.launch import LaunchShape, launch_shape
 from dfmpc.kernels.moments import moments_kernel
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
-from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, tile_for, tiles, walking_tile, walking_tiles
+from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
 from dfmpc.kernels.statistics import statistics_kernel
 from dfmpc.kernels.sweep_kernel import sweep_kernel
 from dfmpc.kernels.tap_sums import tap_sums_kernel
@@ -91,6 +91,8 @@ class Shape:
     label: str
     constants: dict[str, object]
     num_warps: int
+    registers: int | None
+    """That a thread may have, on NVIDIA."""
     elements: int
     """Of the rows a program takes, all of them."""
     segments: int
@@ -117,6 +119,7 @@ def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
         label=f"{tile.threads}×{tile.chunks}×{tile.vector}{' loop' * tile.loop}{'' if tile.aligned else ' any'}",
         constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
         num_warps=warps,
+        registers=None if case.walked else most_registers((tile,)),
         elements=tile.rows * length,
         segments=tile.rows,
         trips=-(-length // tile.elements),
@@ -133,6 +136,7 @@ def blocked(case: Case, length: int, warp: int) -> Shape:
         label=f"{shape.rows}×{shape.block}",
         constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
         num_warps=max(1, shape.num_warps * LANES // warp),
+        registers=None,
         elements=shape.rows * length,
         segments=shape.rows,
         trips=-(-length // shape.block),
@@ -167,7 +171,9 @@ def together(case: Case, weight: str, warp: int) -> Shape:
     kinds = walking_tiles(size) if case.walked else tiles(size, True)
     one = tiled(case, kinds[0], kinds[0].elements, weight, warp)
     constants = one.constants | {"KINDS": tuple(tile.code for tile in kinds)}
-    return replace(one, label=f"{len(kinds)} kinds", constants=constants, load_bytes=0, thread_bytes=0)
+    registers = None if case.walked else most_registers(kinds)
+    label = f"{len(kinds)} kinds"
+    return replace(one, label=label, constants=constants, registers=registers, load_bytes=0, thread_bytes=0)
 
 
 def cases(weight: str) -> Iterator[Case]:

@@ -114,7 +114,7 @@ def test_spills_shared_memory_and_narrow_loads_are_faults(
 ) -> None:
     from compile_kernels_cases import Shape, faults  # noqa: PLC0415
 
-    shape = Shape("4×4×4", {}, 4, 2048, 32, 1, load_bytes=16, thread_bytes=64)
+    shape = Shape("4×4×4", {}, 4, 128, 2048, 32, 1, load_bytes=16, thread_bytes=64)
     good: dict[str, Any] = {"registers": 64, "spilled": 0, "shared": 0, "loads": {16: 4}}
     cost = kernel_cost.Cost(**(good | change))
     cost.loads = kernel_cost.Counter(cost.loads)
