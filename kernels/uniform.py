@@ -17,6 +17,9 @@ from .sums import exact_total, exponents, fineness, power_of_two
 from .table import Batch
 from .uniform_kernel import uniform_kernel
 
+CLIP_FROM = 0.01
+"""Codes of what lies outside are clamped as integers below 2^31."""
+
 
 def _layer_extremes(statistics: RowStatistics) -> Tensor:
     """Return float32 [3, 1]: largest magnitude, minimum and maximum of a whole tensor."""
@@ -24,13 +27,40 @@ def _layer_extremes(statistics: RowStatistics) -> Tensor:
     return torch.stack([statistics.absmax.amax(), statistics.minimum.amin(), statistics.maximum.amax()])[:, None]
 
 
+def clipped(extremes: Tensor, clip: float) -> Tensor:
+    """Return the ends of the range that scales span, of float32 [3, segments] and one rounding of ``clip`` times them.
+
+    A segment of one value keeps its own, which is exact.
+    """
+    if clip == 1:
+        return extremes
+    shrunk = extremes * torch.tensor(clip, dtype=torch.float32)
+    shrunk[1:] = torch.where(extremes[1] == extremes[2], extremes[1:], shrunk[1:])
+    return shrunk
+
+
+def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return float32 ``weight`` [rows, length] times its input channel's ``factor``, float32 [in], rounded once.
+
+    Raises:
+        ValueError: ``factor`` is of another type, or its channels do not divide the rows.
+    """
+    channels, length = factor.numel(), weight.shape[1]
+    if factor.dtype is not torch.float32 or factor.dim() != 1 or not channels or length % channels:
+        raise ValueError(
+            f"factor is {factor.dtype} with shape {tuple(factor.shape)} for rows of {length}; expected float32 "
+            "[in_channels], which divide them"
+        )
+    return weight.float() * factor.to(weight.device).repeat_interleave(length // channels)
+
+
 def _segment_codes(
-    segments: Tensor, format: CodeFormat, shared: Scales | None
+    segments: Tensor, format: CodeFormat, shared: Scales | None, clip: float
 ) -> tuple[Tensor, Scales, tuple[Tensor, ...]]:
     """Return uint8 codes of float32 [segments, length], their scales and the fields of ``SegmentSums``."""
     minimum, maximum = segments.amin(1), segments.amax(1)
     absmax = torch.maximum(-minimum, maximum).abs()
-    scales = scales_of(torch.stack([absmax, minimum, maximum]), format) if shared is None else shared
+    scales = scales_of(clipped(torch.stack([absmax, minimum, maximum]), clip), format) if shared is None else shared
     bits, exponent = fineness(format.group_size), exponents(absmax)
     wide = segments.double()
     squares = exact_total(wide.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
@@ -72,21 +102,33 @@ def _asymmetric_sums(
     return dots, norms, zeros
 
 
-def uniform_triton(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
-    """Launch the kernel on one tensor; see ``uniform_reference``."""
-    format = _uniform_format(weight, bits, grid, group_size, layer_wise)
-    return uniform_batch(Batch.of(weight, format))[0] if weight.numel() else nothing(format, weight)
+def uniform_triton(
+    weight: Tensor,
+    bits: int,
+    grid: Grid,
+    *,
+    group_size: int,
+    layer_wise: bool = False,
+    clip: float = 1.0,
+    factor: Tensor | None = None,
+) -> Quantized:
+    """Launch the kernel on one tensor; see ``uniform_reference``. A ``factor`` takes a pass of its own."""
+    format = _uniform_format(weight, bits, grid, group_size, layer_wise, clip)
+    weight = weight if factor is None else multiplied(weight, factor)
+    return uniform_batch(Batch.of(weight, format), clip)[0] if weight.numel() else nothing(format, weight)
 
 
-def uniform_batch(batch: Batch) -> list[Quantized]:
+def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
     """Launch the kernel once over all tensors of ``batch``; see ``uniform_reference``."""
     format = batch.entries[0].format
     packed, factors = batch.flat_bytes(), [batch.flat(torch.float32) for _ in range(2)]
     floats, totals = [batch.flat(torch.float32) for _ in range(2)], [batch.flat(torch.int64) for _ in range(3)]
     count, extremes = batch.flat(torch.int32), factors[0]
     if format.layer_wise:
-        found = [_layer_extremes(statistics) for statistics in statistics_batch(batch)]
+        found = [clipped(_layer_extremes(statistics), clip) for statistics in statistics_batch(batch)]
         extremes = torch.cat(found, dim=1).t().contiguous()
+    elif clip != 1:
+        extremes = torch.full((len(batch.entries),), clip, device=batch.device)
     batch.launch(
         uniform_kernel,
         extremes,
@@ -99,6 +141,7 @@ def uniform_batch(batch: Batch) -> list[Quantized]:
         BITS=format.bits,
         LAYER_WISE=format.layer_wise,
         FINENESS=batch.fineness,
+        CLIPPED=clip != 1 and not format.layer_wise,
     )
     layers = _layer_factors(extremes.cpu(), batch) if format.layer_wise else None
     sums = [flat.cpu() for flat in (*floats, *totals, count)]
@@ -165,24 +208,36 @@ def _underflows(format: CodeFormat, codes: Tensor, scale: Tensor) -> Tensor:
     return found
 
 
-def uniform_reference(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
+def uniform_reference(
+    weight: Tensor,
+    bits: int,
+    grid: Grid,
+    *,
+    group_size: int,
+    layer_wise: bool = False,
+    clip: float = 1.0,
+    factor: Tensor | None = None,
+) -> Quantized:
     """Quantize ``weight`` (float32, float16 or bfloat16 [rows, length]) to 2^bits levels, or one less if symmetric.
 
     Codes come from float64 ``rint(w * inverse + offset)``, half to even; scales are rounded once, to float32. A value
-    is what ``dequantize`` gives. ``layer_wise`` takes one scale for the whole tensor.
+    is what ``dequantize`` gives. ``layer_wise`` takes one scale for the whole tensor. Scales span the fraction
+    ``clip`` (0 to 1) of the largest magnitude or the range; what lies outside takes the code at the end. ``factor``,
+    float32 [in], multiplies the weight's input channels, runs of ``length // in`` columns, before everything else.
 
     Raises:
-        ValueError: the weight's shape or type, the group size, ``bits`` or ``grid`` cannot be used.
+        ValueError: the weight, the group size, ``bits``, ``grid``, ``clip`` or ``factor`` cannot be used.
         NonFiniteError: the weight holds NaN or Inf.
     """
-    format = _uniform_format(weight, bits, grid, group_size, layer_wise)
+    format = _uniform_format(weight, bits, grid, group_size, layer_wise, clip)
+    weight = weight if factor is None else multiplied(weight, factor)
     if weight.numel() == 0:
         return nothing(format, weight)
     rows, length = weight.shape
     shared = None
     if layer_wise:
         extremes = _layer_extremes(row_statistics_reference(weight, length))
-        shared = scales_of(extremes, format)
+        shared = scales_of(clipped(extremes, clip), format)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
     factors = torch.empty((2, rows, format.groups), device=weight.device)
     sums = SegmentSums.empty(rows, format.groups, weight.device)
@@ -190,7 +245,7 @@ def uniform_reference(weight: Tensor, bits: int, grid: Grid, *, group_size: int,
         codes = torch.empty((chunk.stop - chunk.start, length), dtype=torch.uint8, device=weight.device)
         for part in row_parts(length, format.group_size):
             segments = weight[chunk, part.columns].reshape(-1, part.length).float()
-            u, scales, found = _segment_codes(segments, format, shared)
+            u, scales, found = _segment_codes(segments, format, shared, clip)
             codes[:, part.columns] = u.view(len(codes), -1)
             sums.put(chunk, part.groups, found)
             if shared is None:
@@ -202,13 +257,26 @@ def uniform_reference(weight: Tensor, bits: int, grid: Grid, *, group_size: int,
     return _finish(format, packed, factors[0], factors[1], sums)
 
 
-def _uniform_format(weight: Tensor, bits: int, grid: Grid, group_size: int, layer_wise: bool) -> CodeFormat:
+def _uniform_format(
+    weight: Tensor, bits: int, grid: Grid, group_size: int, layer_wise: bool, clip: float
+) -> CodeFormat:
     if grid is Grid.TERNARY:
         raise ValueError("the ternary grid is not uniform; use ternary()")
+    if not CLIP_FROM <= clip <= 1:
+        raise ValueError(f"clip is {clip}; use {CLIP_FROM} to 1, the part of the range that the scale spans")
     return code_format(weight, grid, bits, group_size, layer_wise)
 
 
-def uniform(weight: Tensor, bits: int, grid: Grid, *, group_size: int, layer_wise: bool = False) -> Quantized:
+def uniform(
+    weight: Tensor,
+    bits: int,
+    grid: Grid,
+    *,
+    group_size: int,
+    layer_wise: bool = False,
+    clip: float = 1.0,
+    factor: Tensor | None = None,
+) -> Quantized:
     """Quantize to a uniform grid; see ``uniform_reference``."""
     run = uniform_triton if use_triton(weight) else uniform_reference
-    return run(weight, bits, grid, group_size=group_size, layer_wise=layer_wise)
+    return run(weight, bits, grid, group_size=group_size, layer_wise=layer_wise, clip=clip, factor=factor)

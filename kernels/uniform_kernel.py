@@ -40,11 +40,13 @@ def uniform_kernel(
     DTYPE: tl.constexpr,
     KINDS: tl.constexpr,
     WARPS: tl.constexpr,
+    CLIPPED: tl.constexpr = False,
 ) -> None:
     """Codes u = clip(rint(w * inverse + offset)) in float64, half to even; totals of w², code times w and code².
 
     ``count``: the values that are not zero (not for DoReFa). ``scale`` and the next are not written where LAYER_WISE:
     scales then follow from ``extremes`` [tensors, 3].
+    Where CLIPPED, ``extremes`` [tensors] is the fraction of a segment's range that its scale spans.
     """
     item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
     for k in tl.static_range(len(KINDS)):
@@ -73,6 +75,7 @@ def uniform_kernel(
                 KINDS[k] // 64 % 64,
                 KINDS[k] // 2 % 2 == 1,
                 KINDS[k] % 2 == 1,
+                CLIPPED,
             )
 
 
@@ -101,10 +104,11 @@ def _uniform_tile(
     NC: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
+    CLIPPED: tl.constexpr,
 ) -> None:
     """One read where the tile holds the segments; else two passes, of which the second finds them in a cache."""
     STEP: tl.constexpr = NC * T * V
-    here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     b_low = tl.full((ROWS, T), float("inf"), dtype=tl.float32)
     b_high = tl.full((ROWS, T), float("-inf"), dtype=tl.float32)
@@ -130,6 +134,12 @@ def _uniform_tile(
     elif GRID == "asymmetric":
         b_minimum = tl.where(m_row, tl.min(b_low, axis=1), 0.0)
         b_maximum = tl.where(m_row, tl.max(b_high, axis=1), 0.0)
+    if CLIPPED:
+        b_clip = tl.load(extremes_ptr + tl.load(item_ptr + 8))
+        b_constant = b_minimum == b_maximum
+        b_largest = b_largest * b_clip
+        b_minimum = tl.where(b_constant, b_minimum, b_minimum * b_clip)
+        b_maximum = tl.where(b_constant, b_maximum, b_maximum * b_clip)
     b_scale, b_zero_point, b_inverse, b_offset, b_spread = scales_kernel(b_largest, b_minimum, b_maximum, GRID, BITS)
     b_bound = b_absmax + b_spread
     b_e = exponent_of(b_absmax)
