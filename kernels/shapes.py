@@ -118,12 +118,13 @@ def walking_tile(length: int, itemsize: int, aligned: bool) -> Tile:
 
 
 def most_registers(kinds: tuple[Tile, ...]) -> int | None:
-    """Return the registers a thread may have in a kernel of ``kinds`` on NVIDIA; none where a thread holds much.
+    """Return the registers that a thread may have in a kernel of several kinds, on NVIDIA.
 
-    Without a number ptxas aims at one more program a multiprocessor and spills for it where it just misses.
+    Without a number ptxas aims at one more program a multiprocessor and spills a few bytes where it just misses; a
+    kernel of one kind has not been seen to.
     """
     small = all(tile.chunks * tile.vector <= SMALL for tile in kinds)
-    return 65536 // (4 * LANES * kinds[0].warps) if small and kinds[0].warps == NUM_WARPS else None
+    return 65536 // (4 * LANES * NUM_WARPS) if len(kinds) > 1 and small else None
 
 
 def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:

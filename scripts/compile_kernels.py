@@ -41,7 +41,7 @@ REGISTERS = {32: 65536, 64: 131072}
 """Of 32 bits on an NVIDIA multiprocessor, and for vectors on an AMD compute unit, by the threads of a warp."""
 LENGTHS = (9, 25, 27, 64, 576, 4608, 14336)
 """Rows of depthwise (3×3, 5×5), first, pointwise, 3×3, deep 3×3 and language model layers."""
-HEADER = f"{'kernel':22}{'weight':>7}{'row':>7}{'tile':>13}{'target':>8}{'regs':>6}{'spill':>6}{'shared':>7}{'load':>6}"
+HEADER = f"{'kernel':22}{'weight':>7}{'row':>7}{'tile':>16}{'target':>8}{'regs':>6}{'spill':>6}{'shared':>7}{'load':>6}"
 COUNTED = ("issue", "alu", "fp64", "convert", "lsu")
 
 
@@ -64,7 +64,7 @@ def line(case: Case, weight: str, length: int, shape: Shape, target: str, cost: 
     """Return a row of the table."""
     held = shape.thread_bytes
     load = max((width for width in cost.loads if held and cost.wide_bytes(width) >= held), default="")
-    text = f"{case.name:22}{weight:>7}{length:>7}{shape.label:>13}{target:>8}"
+    text = f"{case.name:22}{weight:>7}{length:>7}{shape.label:>16}{target:>8}"
     text += f"{cost.registers:>6}{cost.spilled:>6}{cost.shared:>7}{load:>6}{programs(cost, shape, target):>9}"
     if not cost.pipes or not held:
         return text
