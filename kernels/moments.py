@@ -186,7 +186,6 @@ def moments_kernel(
                 KINDS[k] // 4 % 16,
                 KINDS[k] // 64 % 64,
                 KINDS[k] // 2 % 2 == 1,
-                KINDS[k] % 2 == 1,
             )
 
 
@@ -207,10 +206,9 @@ def _moments_tile(
     V: tl.constexpr,
     NC: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LOOP: tl.constexpr,
 ) -> None:
     """Read the rows for the largest magnitude; then again, from the nearest cache, a channel a thread."""
-    here, m_row, count, o_output, _o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    here, m_row, count, o_output, _o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     for first in range(0, count, NC * T * V):
         b_bits = tl.maximum(b_bits, largest_bits(load_tile(here, m_row, count, first, T, V, NC, ALIGNED), ROWS, T, NC))

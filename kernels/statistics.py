@@ -135,7 +135,7 @@ def _statistics_tile(
     LOOP: tl.constexpr,
 ) -> None:
     STEP: tl.constexpr = NC * T * V
-    here, m_row, count, o_output, _ = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    here, m_row, count, o_output, _ = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     b_low = tl.full((ROWS, T), float("inf"), dtype=tl.float32)
     b_high = tl.full((ROWS, T), float("-inf"), dtype=tl.float32)

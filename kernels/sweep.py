@@ -19,10 +19,10 @@ from .table import Batch
 WIDTHS = tuple(range(2, 9))
 SHORT = 64
 """Elements below which a reference works on segments side by side."""
-MOST_TAPS = 1 << 15
-"""Squares of this many codes of 8 bits add up in int32."""
-LONGEST = 1 << 31
-"""Rows from here on are the reference's, wherever they are."""
+MOST_TAPS = 1 << 13
+"""Squares of this many numbers up to 510 add up in int32."""
+LONGEST = 1 << 26
+"""A sixteenth of so many numbers up to 510 adds up in int32; rows from here on are the reference's."""
 _MAGIC = 1.5 * 2.0**52
 """Added to a float64 below 2^51 it leaves the nearest integer, half to even, in the low bits of the sum."""
 

@@ -68,7 +68,7 @@ def _sweep_tile(
     LOOP: tl.constexpr,
 ) -> None:
     """Read the tile for the largest magnitude; then again, from the nearest cache, for all widths."""
-    here, m_row, count, o_output, _o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    here, m_row, count, o_output, _o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     count = count.to(tl.int32)  # sweep.LONGEST
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     if LOOP:
@@ -87,37 +87,43 @@ def _sweep_tile(
         inverses = inverses + (b_inverse * two_to_the(b_e - FINENESS),)
 
     dots = _zeros(len(WIDTHS) + 1, tl.int64, ROWS, T)
-    norms = _zeros(len(WIDTHS), tl.int64, ROWS, T)
+    powers = _zeros(len(WIDTHS), tl.int64, ROWS, T)
+    sums = _zeros(len(WIDTHS), tl.int32, ROWS, T)
     squares = _zeros(len(WIDTHS), tl.int64, ROWS, T)
     taps = tl.load(taps_ptr + tl.load(item_ptr + 8))
     if taps == 1:
         for first in range(0, count, T * V):
             mask = chunk_mask(m_row, count, first, T, V, ALIGNED)
             y = tl.load(here + first, mask=mask, other=0.0).to(tl.float32).to(tl.float64) * b_unit[:, None, None]
-            dots, _sums, powers = _add_levels(dots, y, inverses, GRID, WIDTHS, FINENESS)
-            norms = _plus(norms, powers)
+            dots, some, more = _add_levels(dots, y, inverses, GRID, WIDTHS, FINENESS)
+            sums = _plus(sums, some)
+            powers = _plus(powers, more)
         seen = (count + T * V - 1) // (T * V) * (T * V)
     else:
         channels = count // taps
         rows_ptr = row_pointers(item_ptr, i_tile, DTYPE, ROWS)
         for first in range(0, channels, T):
             channel_ptr, mask = channels_at(rows_ptr, m_row, first, channels, taps, T)
-            sums = _zeros(len(WIDTHS), tl.int32, ROWS, T)
-            powers = _zeros(len(WIDTHS), tl.int32, ROWS, T)
+            few_sums = _zeros(len(WIDTHS), tl.int32, ROWS, T)
+            few_powers = _zeros(len(WIDTHS), tl.int32, ROWS, T)
             for t in tl.range(0, taps, loop_unroll_factor=3):
                 b_w = tl.load(channel_ptr + t, mask=mask, other=0.0).to(tl.float32)
                 y = (b_w.to(tl.float64) * b_unit[:, None])[:, :, None]
-                dots, codes, more = _add_levels(dots, y, inverses, GRID, WIDTHS, FINENESS)
-                sums = _plus(sums, codes)
-                powers = _plus(powers, more)
-            norms = _plus(norms, powers)
-            squares = _plus_squares(squares, sums)
+                dots, some_here, more_here = _add_levels(dots, y, inverses, GRID, WIDTHS, FINENESS)
+                few_sums = _plus(few_sums, some_here)
+                few_powers = _plus(few_powers, more_here)
+            sums = _plus(sums, few_sums)
+            powers = _plus(powers, few_powers)
+            squares = _plus_squares(squares, few_sums, taps, GRID, WIDTHS)
         seen = (channels + T - 1) // T * T * taps
 
     share = (seen // T).to(tl.int64)
-    exact = (_integers(dots[0], share, FINENESS),)
+    exact, norms = (_integers(dots[0], share, FINENESS),), ()
     for k in tl.static_range(len(WIDTHS)):
         exact = exact + (_integers(dots[k + 1], share, WIDTHS[k] - (GRID == "symmetric")),)
+        # the sum of (low - zero)²
+        twice = sums[k].to(tl.int64) * (2 * (2 ** WIDTHS[k] - (GRID == "dorefa")))
+        norms = norms + (powers[k] - twice + share * (2 ** WIDTHS[k] - (GRID == "dorefa")) ** 2,)
     # what does not exist was read as 0, whose code is 1 (DoReFa) or 0
     extra = (seen - count).to(tl.int64) if GRID == "dorefa" else tl.zeros((), dtype=tl.int64)
     b_norms = tl.sum(_eight(norms), axis=1) - extra
@@ -159,11 +165,13 @@ def _plus(sums: tl.tensor, more: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _plus_squares(squares: tl.tensor, sums: tl.tensor) -> tl.tensor:
-    """Add the squares of int32 ``sums`` to int64 ``squares``."""
+def _plus_squares(
+    squares: tl.tensor, sums: tl.tensor, taps: tl.tensor, GRID: tl.constexpr, WIDTHS: tl.constexpr
+) -> tl.tensor:
+    """Add to int64 ``squares`` those of the sums of ``taps`` codes, the sums of whose ``low`` (_level) are ``sums``."""
     found = ()
     for k in tl.static_range(len(sums)):
-        wide = sums[k].to(tl.int64)
+        wide = (sums[k] - taps * (2 ** WIDTHS[k] - (GRID == "dorefa"))).to(tl.int64)
         found = found + (squares[k] + wide * wide,)
     return found
 
@@ -177,22 +185,22 @@ def _add_levels(
     WIDTHS: tl.constexpr,
     FINENESS: tl.constexpr,
 ) -> tl.tensor:
-    """Add the patterns of y² and of each width's code times y to int64 ``dots``; sum the codes and their squares.
+    """Add the patterns of y² and of each width's code times y to int64 ``dots``; sum ``low`` of _level and its squares.
 
     ``y`` is float64 [ROWS, T, V], the weight times 2^(FINENESS - e); sums are over V.
     """
     new, sums, powers = (dots[0] + tl.sum(_product(y, y, FINENESS), axis=2),), (), ()
     for k in tl.static_range(len(WIDTHS)):
-        b_code, b_exact = _level(y * inverses[k][:, None, None], GRID, WIDTHS[k])
+        b_low, b_exact = _level(y * inverses[k][:, None, None], GRID, WIDTHS[k])
         new = new + (dots[k + 1] + tl.sum(_product(b_exact, y, WIDTHS[k] - (GRID == "symmetric")), axis=2),)
-        sums = sums + (tl.sum(b_code, axis=2),)
-        powers = powers + (tl.sum(b_code * b_code, axis=2),)
+        sums = sums + (tl.sum(b_low, axis=2),)
+        powers = powers + (tl.sum(b_low * b_low, axis=2),)
     return new, sums, powers
 
 
 @jit
 def _level(x: tl.tensor, GRID: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
-    """Return the integer that stands for a weight of ``x`` steps, as int32 and as float64: 2u - L (DoReFa) or q.
+    """Return the code of a weight of ``x`` steps, 2u - L (DoReFa) or q: low = code + L or + 2^BITS, and float64 code.
 
     A weight is at most the largest, so that u needs no clamp; q does where the scale is a denormal number. A float64
     of 1.5 * 2^52 and more has integers from 0 on in its low 32 bits.
@@ -201,16 +209,12 @@ def _level(x: tl.tensor, GRID: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     if GRID == "dorefa":
         bits = ((x + (2**BITS - 1) / 2) + MAGIC).to(tl.int64, bitcast=True)
         low = bits.to(tl.int32) * 2
-        code = low - (2**BITS - 1)
-        above: tl.constexpr = MAGIC + (2**BITS - 1)
     else:
         bits = (x + (MAGIC + 2**BITS)).to(tl.int64, bitcast=True)
         q = tl.maximum(bits.to(tl.int32), 2 ** (BITS - 1) + 1)
         low = tl.minimum(q, 3 * 2 ** (BITS - 1) - 1)
-        code = low - 2**BITS
-        above: tl.constexpr = MAGIC + 2**BITS
     bits = (bits & -4294967296) | low.to(tl.uint32, bitcast=True).to(tl.int64)
-    return code, bits.to(tl.float64, bitcast=True) - above
+    return low, bits.to(tl.float64, bitcast=True) - (MAGIC + (2**BITS - (GRID == "dorefa")))
 
 
 @jit

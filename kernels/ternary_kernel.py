@@ -85,7 +85,7 @@ def _ternary_tile(
 ) -> None:
     """One read where the tile holds the segments; else three passes, of which the later ones find them in a cache."""
     STEP: tl.constexpr = NC * T * V
-    here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED, LOOP)
+    here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     if LOOP:
         for first in range(0, count, STEP):

@@ -26,7 +26,6 @@ def segments_of(
     T: tl.constexpr,
     V: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LOOP: tl.constexpr,
 ) -> tl.tensor:
     """Return pointers [ROWS, T, V] to the first chunk, which segments exist, how long they are, and where they go.
 
