@@ -63,7 +63,8 @@ def compiled(case: Case, shape: Shape, target: str) -> Cost:
 def line(case: Case, weight: str, length: int, shape: Shape, target: str, cost: Cost) -> str:
     """Return a row of the table."""
     held = shape.thread_bytes
-    load = max((width for width in cost.loads if held and cost.wide_bytes(width) >= held), default="")
+    load = max((width for width in cost.loads if held and cost.wide_bytes(width) >= held), default=0)
+    load = min(load, shape.width) or ""
     text = f"{case.name:22}{weight:>7}{length:>7}{shape.label:>16}{target:>8}"
     text += f"{cost.registers:>6}{cost.spilled:>6}{cost.shared:>7}{load:>6}{programs(cost, shape, target):>9}"
     if not cost.pipes or not held:

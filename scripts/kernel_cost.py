@@ -55,7 +55,7 @@ class Cost:
 
     registers: int
     spilled: int
-    """Bytes of stack, or on AMD spilled registers."""
+    """Bytes of stack, or on AMD of scratch memory and vector registers spilled to it."""
     shared: int
     """Bytes of shared memory."""
     loads: Counter[int] = field(default_factory=Counter)
@@ -165,7 +165,8 @@ def cost_of_amdgcn(text: str, shared: int) -> Cost:
     loads = re.findall(r"\b(?:global|buffer|flat)_load_(dwordx\d|[a-z]+)", text)
     return Cost(
         registers=count["vgpr_count"],
-        spilled=count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        # spilled scalar registers go to lanes of vector registers, not to memory
+        spilled=count["vgpr_spill_count"] + int(_found(r"\.private_segment_fixed_size:\s+(\d+)", text)),
         shared=shared,
         loads=Counter(widths.get(load, 4) for load in loads),
     )
