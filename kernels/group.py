@@ -64,7 +64,7 @@ def quantize_group_triton(requests: Sequence[Request]) -> list[Quantized]:
 
 def _alone(request: Request) -> Quantized:
     request.format  # noqa: B018  # what cannot be met is said alike everywhere
-    how = {"group_size": request.group_size, "layer_wise": request.layer_wise}
+    weight, size, whole = request.weight, request.group_size, request.layer_wise
     if request.grid is Grid.TERNARY:
-        return ternary(request.weight, **how)
-    return uniform(request.weight, request.bits, request.grid, **how)
+        return ternary(weight, group_size=size, layer_wise=whole)
+    return uniform(weight, request.bits, request.grid, group_size=size, layer_wise=whole)

@@ -145,15 +145,12 @@ def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
     )
     layers = _layer_factors(extremes.cpu(), batch) if format.layer_wise else None
     sums = [flat.cpu() for flat in (*floats, *totals, count)]
-    return [
-        _finish(
-            entry.format,
-            entry.packed(packed),
-            *([entry.segmented(flat) for flat in factors] if layers is None else layers[number]),
-            _segment_sums(entry.format, *map(entry.segmented, sums)),
-        )
-        for number, entry in enumerate(batch.entries)
-    ]
+    results = []
+    for number, entry in enumerate(batch.entries):
+        scale, zero_point = [entry.segmented(flat) for flat in factors] if layers is None else layers[number]
+        totalled = _segment_sums(entry.format, *map(entry.segmented, sums))
+        results.append(_finish(entry.format, entry.packed(packed), scale, zero_point, totalled))
+    return results
 
 
 def _layer_factors(extremes: Tensor, batch: Batch) -> list[list[Tensor]]:

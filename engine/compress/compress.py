@@ -73,7 +73,7 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     work = {given.layer.name: LayerWork(model, given, device) for given in told}
     steps = None if isinstance(plan, RtnPlan) else steps_of(plan)
     round_together(item for item in work.values() if steps is None or is_plain(item.assignment, steps))
-    if steps is None:
+    if isinstance(plan, RtnPlan) or steps is None:
         for item in work.values():
             item.quantize(_plainly(device), lambda: None)
         return Compressed(tuple(item.finish(pairing, None) for item in work.values()), {}, kept)
