@@ -274,10 +274,9 @@ def _launch(batch: Batch, layers: Sequence[LayerInput], scaled: Sequence[_Scaled
     vectors = torch.cat([one.vectors.cpu().flatten(1) for one in scaled], 1)
     rho = [[layer.rho, 1 - layer.rho] for layer in layers]
     inputs = (torch.tensor(rows), torch.tensor(rho, dtype=torch.float64), *vectors.unbind())
-    batch.walked = True
-    absmax, totals = batch.flat(torch.float32), [batch.flat(torch.int64) for _ in range(2)]
-    batch.launch(moments_kernel, *(tensor.to(batch.device) for tensor in inputs), absmax, *totals)
-    absmax, totals = absmax.cpu(), torch.stack(totals).cpu()
+    absmax, sums = batch.flat(torch.float32), [batch.flat(torch.int64) for _ in range(2)]
+    batch.launch(moments_kernel, *(tensor.to(batch.device) for tensor in inputs), absmax, *sums, walked=True)
+    absmax, totals = absmax.cpu(), torch.stack(sums).cpu()
     return [
         one.finish(entry.segmented(absmax), totals[:, entry.segments])
         for one, entry in zip(scaled, batch.entries, strict=True)

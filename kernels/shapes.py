@@ -105,7 +105,7 @@ WALK = 160
 
 @cache
 def walking_tiles(itemsize: int) -> tuple[Tile, ...]:
-    """Return the kinds of tile of kernels that hold nothing, but walk over every segment again (Batch.walked)."""
+    """Return the kinds of tile of kernels that hold nothing, but walk over every segment again (Batch.launch)."""
     vector = LOAD_BYTES // itemsize
     aligned = [Tile(threads, 2, vector, True, loop=True) for threads in (1, 4, 16, 32)]
     return (*aligned, *(Tile(threads, 4, 1, False, loop=True) for threads in (1, 16)))

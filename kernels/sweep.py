@@ -14,7 +14,7 @@ from .scales import Scales, scales_of
 from .segments import code_format, require_finite, row_chunks, row_parts
 from .sums import exponents, fineness, power_of_two, tree_sum
 from .sweep_kernel import sweep_kernel
-from .table import Batch
+from .table import Batch, batches_of
 
 WIDTHS = tuple(range(2, 9))
 SHORT = 64
@@ -237,12 +237,12 @@ def sweep_triton(
 
 def sweep_batch(batch: Batch, taps: Sequence[int], widths: Sequence[int]) -> list[Sweep]:
     """Launch the kernel once over all tensors of ``batch``, each with its number of taps; see ``sweep_reference``."""
-    batch.walked = True
     absmax = batch.flat(torch.float32)
     totals = torch.empty((batch.segments, 3, 8), dtype=torch.int64, device=batch.device)
     taps_there = torch.tensor(taps, dtype=torch.int32).to(batch.device)
     grid = batch.entries[0].format.grid.value
-    batch.launch(sweep_kernel, taps_there, absmax, totals, GRID=grid, WIDTHS=tuple(widths), FINENESS=batch.fineness)
+    constants = {"GRID": grid, "WIDTHS": tuple(widths), "FINENESS": batch.fineness}
+    batch.launch(sweep_kernel, taps_there, absmax, totals, walked=True, **constants)
     absmax, totals, sweeps = absmax.cpu(), totals.cpu(), []
     for entry in batch.entries:
         shape, many = (entry.weight.shape[0], entry.format.groups), len(widths)
@@ -250,6 +250,20 @@ def sweep_batch(batch: Batch, taps: Sequence[int], widths: Sequence[int]) -> lis
         wide = (dots[..., 1 : many + 1], norms[..., :many], by_channel[..., :many])
         sweeps.append(_finish(_Totals(entry.segmented(absmax), dots[..., 0], *wide), entry.format, widths))
     return sweeps
+
+
+def grouped_sweep(
+    weights: Sequence[Tensor], taps: Sequence[int], *, grid: Grid, group_size: int, widths: Sequence[int] = WIDTHS
+) -> list[Sweep]:
+    """Sweep many weights, each with its number of taps, in few launches; see ``sweep_reference``."""
+    formats = [_checked(weight, grid, group_size, tap, widths) for weight, tap in zip(weights, taps, strict=True)]
+    found: dict[int, Sweep] = {}
+    for batch, places in batches_of(weights, formats):
+        found |= zip(places, sweep_batch(batch, [taps[place] for place in places], widths), strict=True)
+    return [
+        found.get(place) or sweep_reference(weight, grid=grid, group_size=group_size, taps=tap, widths=widths)
+        for place, (weight, tap) in enumerate(zip(weights, taps, strict=True))  # those without elements: nowhere
+    ]
 
 
 def sweep(weight: Tensor, *, grid: Grid, group_size: int, taps: int = 1, widths: Sequence[int] = WIDTHS) -> Sweep:

@@ -86,8 +86,6 @@ class Batch:
     entries: list[Entry] = field(default_factory=list)
     segments: int = 0
     bytes: int = 0
-    walked: bool = False
-    """Whether the kernel walks over its segments twice instead of holding them."""
 
     def add(self, weight: Tensor, format: CodeFormat) -> None:
         """Take in a contiguous [rows, length] of at least one element. Raises ValueError for rows without end."""
@@ -122,16 +120,19 @@ class Batch:
         """Allocate the codes of all tensors, without filling; what lies between two tensors is not written."""
         return torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
-    def launch(self, kernel: Any, *outputs: Tensor, **constants: Any) -> None:
-        """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``."""
+    def launch(self, kernel: Any, *outputs: Tensor, walked: bool = False, **constants: Any) -> None:
+        """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``.
+
+        ``walked``: it holds nothing, but walks over every segment again.
+        """
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
         size = self.entries[0].weight.element_size()
-        if self.walked:
+        if walked:
             chosen = [walking_tile(row[2], size, tile.aligned) for row, tile in zip(rows, chosen, strict=True)]
         elif not mixed and (choice := self._measured(kernel)):
             chosen = [measured_tile(tile, choice, row[2]) for row, tile in zip(rows, chosen, strict=True)]
-        all_kinds = walking_tiles(size) if self.walked else tiles(size, mixed)
+        all_kinds = walking_tiles(size) if walked else tiles(size, mixed)
         kinds = all_kinds if mixed else tuple(dict.fromkeys(chosen))
         for row, tile in zip(rows, chosen, strict=True):
             row.append(kinds.index(tile))
@@ -147,7 +148,7 @@ class Batch:
                 WARPS=chosen[0].warps,
                 num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
                 enable_fp_fusion=False,
-                **_register_limit(None if self.walked else most_registers(kinds)),
+                **_register_limit(None if walked else most_registers(kinds)),
             )
 
     def _measured(self, kernel: Any) -> Choice | None:
@@ -166,8 +167,8 @@ class Batch:
         return rows, chosen
 
 
-LONGEST = 2**31 - 2**16
-"""Elements of a segment that int32 columns reach, the tile beyond its end included; offsets of segments are int64."""
+LONGEST = 2**28 - 2**16
+"""Elements of a segment whose bits int32 counts, the tile beyond its end included; offsets of segments are int64."""
 FIELDS = 10
 """Of an item: address, elements from one segment to the next, elements of one, segments, first byte of the codes, bytes
 from one segment's codes to the next, first segment of the outputs, step between segments there, the tensor's number in

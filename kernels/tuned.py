@@ -74,8 +74,8 @@ def _choice(item: dict[str, Any]) -> Choice:
     numbers = [value for value in asdict(choice).values() if type(value) is int]
     if len(numbers) != len(fields(Choice)) - 2 or min(numbers) < 1 or any(n & (n - 1) for n in powers):
         raise ValueError(f"{item} needs whole positive numbers, threads and num_warps powers of two")
-    if choice.threads > 32 * choice.num_warps or choice.chunks > 63:
-        raise ValueError(f"{item} has more threads a segment than a program, or more than 63 chunks")
+    if choice.threads > 32 * choice.num_warps or choice.chunks > 63 or choice.threads * 16 // choice.itemsize < 8:
+        raise ValueError(f"{item} has more threads a segment than a program, over 63 chunks, or chunks of under 8")
     return choice
 
 

@@ -183,8 +183,11 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
         step = wide / (2**format.bits - 1) if dorefa else wide
         width = format.bits if dorefa else format.bits - 1
         units = step * power_of_two(exponent + width - bits), (step * step).expand_as(exponent)
-    if format.grid is Grid.DOREFA and bool((scale <= _UNDERFLOW).any()):
-        sums = replace(sums, zeros=_underflows(format, codes.cpu(), wide))
+    small = (wide <= _UNDERFLOW).any(1).expand(len(codes))
+    if format.grid is Grid.DOREFA and bool(small.any()):
+        zeros = sums.zeros.clone()
+        zeros[small] = _underflows(format, codes.cpu()[small], wide if format.layer_wise else wide[small])
+        sums = replace(sums, zeros=zeros)
     point = zero_point if format.grid is Grid.ASYMMETRIC else None
     return finish(format, codes, scale, point, sums, dot_unit=units[0], norm_unit=units[1])
 

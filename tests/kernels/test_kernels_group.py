@@ -105,12 +105,12 @@ def test_offsets_beyond_31_bits_are_kept(device: str) -> None:
     assert tile.loop
 
 
-def test_a_segment_too_long_for_columns_of_31_bits_is_refused() -> None:
-    endless = torch.empty((1, 2**31), device="meta")
+def test_a_segment_too_long_for_what_32_bits_count_is_refused() -> None:
+    endless = torch.empty((1, 2**28), device="meta")
     with pytest.raises(
-        ValueError, match="segments of 2147483648 elements; a kernel takes 2147418112 at most: use groups"
+        ValueError, match="segments of 268435456 elements; a kernel takes 268369920 at most: use groups"
     ):
-        table.Batch.of(endless, Request(endless, Grid.TERNARY, 2, 2**31).format)
+        table.Batch.of(endless, Request(endless, Grid.TERNARY, 2, 2**28).format)
 
 
 def test_ternary_codes_of_another_width_are_refused() -> None:

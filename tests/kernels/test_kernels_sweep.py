@@ -8,9 +8,7 @@ import pytest
 import torch
 from dfmpc.errors import NonFiniteError
 from dfmpc.kernels import Grid, dequantize, sweep, uniform
-from dfmpc.kernels.segments import code_format
-from dfmpc.kernels.sweep import MOST_TAPS, WIDTHS, Sweep, sweep_batch, sweep_reference, sweep_triton
-from dfmpc.kernels.table import Batch
+from dfmpc.kernels.sweep import MOST_TAPS, WIDTHS, Sweep, grouped_sweep, sweep_reference, sweep_triton
 from torch import Tensor
 
 pytestmark = [
@@ -133,14 +131,12 @@ def test_rows_longer_than_a_tile_are_walked_over(length: int, device: str) -> No
 
 
 def test_layers_of_one_launch_keep_their_taps_and_places(device: str) -> None:
-    layers = [(random_rows(6, 72), 9), (random_rows(5, 64), 1), (random_rows(20, 9), 9), (random_rows(3, 33), 1)]
-    batch = Batch()
-    for weight, _ in layers:
-        batch.add(weight.to(device), code_format(weight, Grid.SYMMETRIC, 4, weight.shape[1], layer_wise=False))
-    found = sweep_batch(batch, [taps for _, taps in layers], (2, 4))
+    layers = [(random_rows(6, 72), 9), (random_rows(5, 64), 1), (torch.zeros(2, 0), 1), (random_rows(20, 9), 9)]
+    layers += [(random_rows(3, 33), 1), (random_rows(2, 16, torch.bfloat16), 2)]
+    options = {"grid": Grid.SYMMETRIC, "group_size": 1024, "widths": (2, 4)}
+    found = grouped_sweep([weight.to(device) for weight, _ in layers], [taps for _, taps in layers], **options)
     for (weight, taps), one in zip(layers, found, strict=True):
-        options = {"grid": Grid.SYMMETRIC, "group_size": weight.shape[1], "taps": taps, "widths": (2, 4)}
-        assert_same(one, sweep_reference(weight, **options))
+        assert_same(one, sweep_reference(weight, taps=taps, **options))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
