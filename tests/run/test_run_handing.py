@@ -138,18 +138,18 @@ def test_a_task_that_failed_or_took_long_ends_the_giving_ahead(tmp_path: Path) -
     assert slot.waiting == 1
 
 
-def test_what_waits_behind_a_long_task_is_called_back_for_an_idle_slot(tmp_path: Path) -> None:
+def test_what_waits_behind_a_long_task_is_called_back(tmp_path: Path) -> None:
     desk = Desk(tmp_path, 200)
     _after_short_ones(desk, 0.001)
     stuck, idle = desk.slots
-    desk.board.withdraw(lambda _: True)
-    now = stuck.since
-    assert desk.handing.call_back(now) is None, "both are busy"
+    desk.board.withdraw(lambda item: item.model != "m199")  # something is left that nobody may take
     for item in list(idle.given):
         idle.settle(item.task.id, 0.001)
+    now = stuck.moved
     assert desk.handing.call_back(now) == pytest.approx(1.0)
     assert desk.handing.call_back(now + 1.5) is None
     assert desk.handing.call_back(now + 1.6) is None, "it is asked once"
+    desk.board.withdraw(lambda _: True)
     worker = stuck.worker
     assert isinstance(worker, Post)
     assert [word for word in worker.words if isinstance(word[0], Recall)] == [(Recall(),)]
@@ -178,6 +178,33 @@ def test_what_a_worker_began_unheard_is_charged_and_what_it_did_not_begin_is_fre
     assert {str(desk.items[task].history) for task in rest} == {str(History())}
     waiting = {item.task.id for item in desk.board.items()}
     assert waiting == desk.items.keys() - {"m000/p", first, second}
+
+
+def test_what_failed_here_before_and_waits_again_has_not_begun(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 2, slots=1)
+    _, again = desk.items.values()
+    desk.ledger.append(Event(Kind.TASK_STARTED, task=again.task.id, attempt="old"))
+    desk.ledger.append(Event(Kind.ATTEMPT_FAILED, task=again.task.id, attempt="old", error="I/O"))
+    desk.handing.hand_out(0.0)
+    (slot,) = desk.slots
+    slot.ready = True
+    desk.begin(slot)
+    guilty = slot.given[0]
+    assert desk.losses.attempts(slot).keys() == {guilty.task.id}
+    desk.losses.bury(slot)
+    assert guilty.history.counts == {Failure.CRASH: 1}
+    assert again.history.counts == {}
+
+
+def test_a_model_that_was_called_back_is_nobodys(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 200)
+    _after_short_ones(desk, 0.001)
+    stuck, _ = desk.slots
+    at_work = stuck.at_work
+    assert at_work is not None
+    assert stuck.model != at_work.model
+    stuck.recall([item.task.id for item in stuck.given if item is not at_work])
+    assert stuck.model == at_work.model
 
 
 def test_an_attempt_of_an_earlier_process_of_the_same_number_is_nobodys(tmp_path: Path) -> None:

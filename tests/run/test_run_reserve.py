@@ -95,6 +95,24 @@ def test_the_host_is_shared_by_all_slots() -> None:
     assert promises.possible(second, item("b", host=10.0))
 
 
+def test_a_large_task_that_ends_leaves_its_promise_to_others_though_small_ones_wait_behind_it() -> None:
+    promises, first, second = Promises(100.0, ["cpu"]), slot(0), slot(1)
+    large, small = item("large", host=95.0), item("small", host=5.0)
+    give(promises, first, large)
+    give(promises, first, small)
+    assert not promises.possible(second, item("b", host=50.0))
+    first.given.remove(large)
+    promises.release(first)
+    assert promises.possible(second, item("b", host=94.0))
+    assert not promises.possible(second, item("b", host=96.0))
+
+
+def test_a_gpu_that_a_worker_of_the_cpu_tells_of_is_nobodys() -> None:
+    promises = Promises(10.0, ["cpu"])
+    promises.learn("cpu", 80.0)
+    assert promises.possible(slot(0), item("a", device=1e9))
+
+
 def test_the_next_model_is_in_memory_beside_the_one_at_work() -> None:
     promises, first, second = Promises(10.0, ["cpu"]), slot(0), slot(1)
     give(promises, second, item("z", host=2.0))

@@ -14,8 +14,6 @@ from .tally import Tally
 
 _LONG_S = 1.0
 """A worker that is at one task for so long does not soon begin those that wait behind it."""
-_DUE = 2
-"""As many tasks wait at a worker anyway."""
 
 
 class Handing:
@@ -47,14 +45,15 @@ class Handing:
             slot.send()
 
     def call_back(self, now: float) -> float | None:
-        """Call back what waits behind a long task while a slot is idle; return the seconds until that may be due."""
-        crowded = [slot for slot in self._slots if slot.waiting > _DUE and not slot.called_back]
-        if self._board or not crowded or all(slot.busy for slot in self._roster.usable):
-            return None
+        """Call back what waits behind a long task; return the seconds until that may be due.
+
+        Others may be glad of it, memory was promised for it, and by its turn it may not be wanted any more.
+        """
+        crowded = [slot for slot in self._slots if slot.crowded and not slot.called_back]
         for slot in crowded:
-            if now >= slot.since + _LONG_S:
+            if now >= slot.moved + _LONG_S:
                 slot.call_back()
-        return min((slot.since + _LONG_S - now for slot in crowded if not slot.called_back), default=None)
+        return min((slot.moved + _LONG_S - now for slot in crowded if not slot.called_back), default=None)
 
     @property
     def _fair(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,11 +60,12 @@ class Promises:
 
     def learn(self, device: str, size: float) -> None:
         """Note how much memory ``device`` has, in bytes."""
-        self._devices[device].capacity = _SHARE * size
+        if device in self._devices:  # a model's own code may wake a GPU in a worker of the CPU
+            self._devices[device].capacity = _SHARE * size
 
     def possible(self, slot: Slot, item: Item) -> bool:
         """Tell whether what ``slot`` needs with ``item`` on top of what it has can be promised now."""
-        alone, (host, device) = item.history.mode.alone, _needs(slot, item)
+        alone, (host, device) = item.history.mode.alone, _needs([*slot.given, item])
         pool = self._devices.get(slot.device)
         return self._host.fits(slot.number, host, alone=alone) and (
             pool is None or pool.fits(slot.number, device, alone=alone)
@@ -72,23 +73,28 @@ class Promises:
 
     def make(self, slot: Slot, item: Item) -> None:
         """Promise it."""
-        alone, (host, device) = item.history.mode.alone, _needs(slot, item)
+        self._take(slot, [*slot.given, item], alone=item.history.mode.alone)
+
+    def release(self, slot: Slot) -> None:
+        """Take back what an idle slot had, and of a busy one what its tasks at hand do not need."""
+        if slot.busy:
+            self._take(slot, slot.given, alone=any(item.history.mode.alone for item in slot.given))
+            return
+        self._host.free(slot.number)
+        if slot.device in self._devices:
+            self._devices[slot.device].free(slot.number)
+
+    def _take(self, slot: Slot, items: Sequence[Item], *, alone: bool) -> None:
+        host, device = _needs(items)
         self._host.take(slot.number, host, alone=alone)
         if slot.device in self._devices:
             self._devices[slot.device].take(slot.number, device, alone=alone)
 
-    def release(self, slot: Slot) -> None:
-        """Take back what an idle slot had; a busy one keeps it."""
-        if not slot.busy:
-            self._host.free(slot.number)
-            if slot.device in self._devices:
-                self._devices[slot.device].free(slot.number)
 
-
-def _needs(slot: Slot, item: Item) -> tuple[float, float]:
+def _needs(items: Sequence[Item]) -> tuple[float, float]:
     """Return bytes of host and device: the larger of those at hand, and the largest input that may be read ahead."""
-    first, host, device, ahead = (slot.given or [item])[0].model, 0.0, 0.0, 0
-    for each in (*slot.given, item):
+    first, host, device, ahead = items[0].model, 0.0, 0.0, 0
+    for each in items:
         host = max(host, each.host_bytes)
         if not each.history.mode.on_cpu:
             device = max(device, each.device_bytes)

@@ -39,6 +39,8 @@ class Slot:
     """The worker has said a word."""
     since: float = 0.0
     """Monotonic time at which the newest attempt began, in seconds."""
+    moved: float = 0.0
+    """Monotonic time at which an attempt last began or ended, as far as is known."""
     heard: float = 0.0
     """Monotonic time of the last sign of work."""
     false_starts: int = 0
@@ -72,6 +74,11 @@ class Slot:
         """How many of the given tasks have not begun, as far as is known."""
         return len(self.given) - len(self.attempts)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether more waits than the one task that saves the worker a wait."""
+        return self.waiting > (1 if self.attempts else 2)
+
     def wants(self, fair: int) -> int:
         """Return how many tasks to give now, so that the worker never waits for word and at most ``fair`` wait there.
 
@@ -96,7 +103,7 @@ class Slot:
             self.pid = self.worker.pid
         if not self.busy:
             self.heard = max(self.heard, time.monotonic())
-            self.since = self.heard
+            self.since = self.moved = self.heard
         self.given.append(item)
         self.model = item.model
         self.unsent.append(RunTask(item.task, item.history.mode))
@@ -116,7 +123,7 @@ class Slot:
     def began(self, started: Started) -> None:
         """Note that the worker has begun an attempt."""
         self.attempts[started.task] = started
-        self.since = time.monotonic()
+        self.since = self.moved = time.monotonic()
 
     def deadline(self, limit_s: float | None) -> float | None:
         """Return the monotonic time at which the task at hand is over its limit; None where there is none."""
@@ -130,6 +137,7 @@ class Slot:
             self.seconds.clear()
         else:
             self.seconds.append(seconds)
+        self.moved = time.monotonic()
         self.attempts.pop(task, None)
         for item in self.given:
             if item.task.id == task:
@@ -143,6 +151,7 @@ class Slot:
         self.seconds.clear()
         items = [item for item in self.given if item.task.id in tasks]
         self.given = [item for item in self.given if item.task.id not in tasks]
+        self.model = self.given[-1].model if self.given else None
         return items
 
     def drop_worker(self, grace_s: float = 0.0) -> Ended:

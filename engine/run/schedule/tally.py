@@ -137,7 +137,10 @@ class Tally:
             return {}
         found = ((item.task.id, states.get(item.task.id)) for item in items)
         return {
-            task: Started(task, state.attempt) for task, state in found if state and since and state.is_by(pid, since)
+            task: Started(task, state.attempt)
+            for task, state in found
+            # an attempt whose failure was kept is not the one that ended the worker
+            if state and since and state.is_by(pid, since) and (state.status == "running" or state.settled)
         }
 
     def finished_meanwhile(self, started: Started) -> bool:
