@@ -109,7 +109,7 @@ def test_facts_have_the_ends_of_logs_and_what_has_no_result(run: RunFolder):
 
 def test_markdown_goes_to_a_file_or_is_printed(run: RunFolder, tmp_path: Path):
     printed = call("report", run.path, "--markdown", "-")
-    assert printed.stdout.startswith("## ❌ bench: 2 tasks failed\n")
+    assert printed.stdout.startswith("## ❌ bench: 2 tasks failed")
     file = tmp_path / "page.md"
     assert call("report", run.path, "--markdown", file).stdout.startswith(f"{file}: ")
     assert file.read_text() == printed.stdout
