@@ -406,8 +406,11 @@ def test_remote_artifacts_are_fetched_once_into_the_store(registry: Registry, se
 def test_two_registrations_of_one_key_at_once_leave_one_version(registry: Registry) -> None:
     registry.register("net")
     published(registry, left(registry, plan="r8"))
-    row, made = left(registry), list[Published]()
-    threads = [threading.Thread(target=lambda: made.append(published(registry, row))) for _ in range(2)]
+    row, made, loaded = left(registry), list[Published](), load_job(registry.job(R4, R8))
+    store, tasks = Store(registry.bench.store), expand(loaded)
+    threads = [
+        threading.Thread(target=lambda: made.append(publish_versions(loaded, store, tasks, [row]))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
