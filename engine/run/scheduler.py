@@ -35,6 +35,7 @@ from .schedule.interrupts import Interrupts
 from .schedule.progress import Progress
 from .schedule.reserve import Promises, available_host_bytes
 from .schedule.slots import make_slots
+from .schedule.spares import Spares
 from .schedule.tally import Rules, Tally
 from .shards import array_note, models_of
 from .store import FrozenRun, Store, freeze
@@ -81,6 +82,9 @@ def _run_tasks(
     asked = options.devices or resources.devices
     devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
     end = parse_deadline(options.deadline, os.environ)
+    each = workers_on(devices, asked, resources.workers_per_device, resources.threads)
+    models = len({task.model.name for task in tasks})
+    spares = signals.enter_context(Spares(devices, each, resources.threads, most=0 if ray else models))
     store = Store(loaded.store)
     with starting(store):
         store.prepare()
@@ -96,7 +100,7 @@ def _run_tasks(
         joined = joined.part(options.shard)
     interrupts = signals.enter_context(Interrupts())
     run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
-    return run.summary(run.carry_out(devices, asked, interrupts))
+    return run.summary(run.carry_out(spares, interrupts))
 
 
 def _ray_at(address: str) -> AbstractContextManager[RayCluster]:
@@ -139,11 +143,11 @@ class _Run:
         before = [row for row in self._rows().values() if row.task not in sizes]
         self._metrics = MetricsFile(options.metrics, joined.run.run_id, frozen.job, len(joined.tasks), before)
 
-    def carry_out(self, devices: Sequence[str], asked: str | Sequence[str], interrupts: Interrupts) -> str:
+    def carry_out(self, spares: Spares, interrupts: Interrupts) -> str:
         """Do the open tasks; return why some are left, empty where none is."""
         try:
             self._begin()
-            stopped = self._dispatcher(devices, asked).work(interrupts) if self._board else ""
+            stopped = self._dispatcher(spares).work(interrupts) if self._board else ""
             sweep_leftovers(self._store, self._progress)
             if stopped:
                 self._progress.note(self._interrupted_text(stopped))
@@ -222,10 +226,9 @@ class _Run:
                 self._progress.note(f"warning: {error}")
         refuse_large(self._board, self._tally, self._resources.host_memory)
 
-    def _dispatcher(self, devices: Sequence[str], asked: str | Sequence[str]) -> Dispatcher | RayDispatcher:
-        resources, options = self._resources, self._options
+    def _dispatcher(self, spares: Spares) -> Dispatcher | RayDispatcher:
+        resources, options, devices = self._resources, self._options, spares.devices
         host_bytes = resources.host_memory or available_host_bytes()
-        each = workers_on(devices, asked, resources.workers_per_device, resources.threads)
         settings = WorkerSettings(
             run=self._joined.run.path,
             device="cpu",
@@ -236,7 +239,7 @@ class _Run:
             seed=self._frozen.seed,
             parent=0,
             readers=resources.reader_threads,
-            read_ahead=(host_bytes or 16 * _GIB) / (2 * each * len(devices)),
+            read_ahead=(host_bytes or 16 * _GIB) / (2 * spares.per_device * len(devices)),
         )
         limits = Limits(resources.task_timeout, resources.stuck_after, options.grace_s)
 
@@ -249,7 +252,7 @@ class _Run:
             from .cluster.ray import RayDispatcher  # noqa: PLC0415 - every other run starts sooner without
 
             return RayDispatcher(self._ray, self._board, self._tally, self._deadline, limits, settings, observe)
-        promises, slots = Promises(host_bytes, devices), make_slots(devices, each, settings)
+        promises, slots = Promises(host_bytes, devices), make_slots(spares, settings)
         return Dispatcher(slots, self._board, self._tally, promises, self._deadline, limits, observe)
 
     def _interrupted_text(self, stopped: str) -> str:

@@ -26,10 +26,11 @@ from dfmpc.run.schedule.board import Board, Item
 from dfmpc.run.schedule.deadline import Deadline
 from dfmpc.run.schedule.dispatch import Dispatcher, Limits
 from dfmpc.run.schedule.interrupts import Interrupts
-from dfmpc.run.schedule.process import Ended, WorkerProcess
+from dfmpc.run.schedule.process import Boot, Ended, WorkerProcess
 from dfmpc.run.schedule.progress import Progress
 from dfmpc.run.schedule.reserve import Promises
 from dfmpc.run.schedule.slots import make_slots
+from dfmpc.run.schedule.spares import Spares
 from dfmpc.run.schedule.tally import Rules, Tally
 from dfmpc.run.store import RunFolder, Store, freeze
 
@@ -42,7 +43,7 @@ class Actor(WorkerProcess):
     script: Script
     began: list[tuple[str, bool]]
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, _: Boot | None = None) -> None:
         ours, theirs = socket.socketpair()
         self.connection, self.line = Connection(ours.detach()), Connection(theirs.detach())
         self.device, self.exit_code = settings.device, 0
@@ -110,7 +111,7 @@ class Stage:
     def work(self, script: Script, devices: Sequence[str] = ("cpu",), limits: Limits = PATIENT) -> str:
         settings = WorkerSettings(self.run.path, "cpu", 1, (), None, Gates(), 0, os.getpid())
         Actor.script, Actor.began = staticmethod(script), []
-        slots = make_slots(list(devices), 1, settings)
+        slots = make_slots(Spares(devices), settings)
         with Interrupts() as interrupts:
             dispatcher = Dispatcher(slots, self.board, self.tally, Promises(None, devices), self.deadline, limits)
             return dispatcher.work(interrupts)
@@ -240,7 +241,7 @@ def test_what_one_slot_must_leave_is_its_own_when_the_other_is_given_up(
     stage.items["a/p"].avoid.add("cpu")
 
     class Absent(Actor):
-        def __init__(self, settings: WorkerSettings) -> None:
+        def __init__(self, settings: WorkerSettings, _: Boot | None = None) -> None:
             if settings.device != "cpu":
                 raise BlockingIOError(11, "Resource temporarily unavailable")
             super().__init__(settings)

@@ -25,6 +25,7 @@ from dfmpc.run.schedule.progress import Progress
 from dfmpc.run.schedule.reserve import Promises
 from dfmpc.run.schedule.roster import Roster
 from dfmpc.run.schedule.slots import Slot, make_slots
+from dfmpc.run.schedule.spares import Spares
 from dfmpc.run.schedule.tally import Rules, Tally, seconds_of
 from dfmpc.run.store import RunFolder
 
@@ -32,7 +33,7 @@ from dfmpc.run.store import RunFolder
 class Post:
     """A worker's place in the scheduler: keeps the words that are sent to it."""
 
-    def __init__(self, _: WorkerSettings) -> None:
+    def __init__(self, *_: object) -> None:
         self.words: list[tuple[object, ...]] = []
         self.pid = os.getpid()
 
@@ -62,7 +63,9 @@ class Desk:
         progress = Progress(dict.fromkeys(self.items, 1), shown=False)
         self.tally = Tally(self.run, self.board, self.ledger, progress, deadline, Rules())
         devices = ["cpu"] * slots
-        self.slots = make_slots(devices, 1, WorkerSettings(self.run.path, "cpu", 1, (), None, Gates(), 0, os.getpid()))
+        self.slots = make_slots(
+            Spares(devices), WorkerSettings(self.run.path, "cpu", 1, (), None, Gates(), 0, os.getpid())
+        )
         self.slots = [replace(slot, number=number) for number, slot in enumerate(self.slots)]
         promises, roster = Promises(None, devices), Roster(self.slots, progress.note)
         self.losses = Losses(self.board, self.tally, promises, roster)

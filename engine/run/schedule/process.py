@@ -44,14 +44,31 @@ class Ended:
     """True for one that not even SIGKILL has ended: nothing is started in its place."""
 
 
-class WorkerProcess:
-    """One worker; OSError where it cannot be started."""
+class Boot:
+    """A process that imports what a worker needs and then waits for its settings; OSError where it cannot be started.
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    It ends by itself when its line closes, so also when this process dies.
+    """
+
+    def __init__(self, threads: int, visible: str | None = None) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self._process = start_process(theirs.fileno(), environment_of(settings))
+            self.process = start_process(theirs.fileno(), environment_of(threads, visible))
             self.connection: Connection = Connection(ours.detach())
+
+    def discard(self) -> None:
+        """End it without its having been a worker."""
+        os.kill(self.process.pid, signal.SIGKILL)  # not waited for yet, so it is still this process's number
+        self.process.wait()
+        self.connection.close()
+
+
+class WorkerProcess:
+    """One worker, from a process that ``boot`` has started or from a new one; OSError where that cannot be started."""
+
+    def __init__(self, settings: WorkerSettings, boot: Boot | None = None) -> None:
+        boot = boot or Boot(settings.threads, settings.visible)
+        self._process, self.connection = boot.process, boot.connection
         self._sentinel = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
         self.send(settings)
 
@@ -128,14 +145,14 @@ def start_process(line: int, environment: dict[str, str]) -> subprocess.Popen[by
     )
 
 
-def environment_of(settings: WorkerSettings) -> dict[str, str]:
-    """Return the environment of a worker with ``settings``."""
+def environment_of(threads: int, visible: str | None) -> dict[str, str]:
+    """Return the environment of a worker with ``threads`` threads that sees the devices ``visible`` (None: all)."""
     environment = {_SPIN: "10000", **os.environ}
     if _TRITON not in environment:
         environment[_TRITON] = triton_cache()
-    environment |= dict.fromkeys(_THREADS, str(settings.threads))
-    if settings.visible is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = settings.visible
+    environment |= dict.fromkeys(_THREADS, str(threads))
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
     return environment
 
 

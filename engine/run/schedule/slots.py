@@ -13,6 +13,7 @@ from ..messages import Recall, RunTask, Started, WorkerSettings
 from .board import Item
 from .devices import visible_as
 from .process import Ended, WorkerProcess
+from .spares import Spares
 
 BOOT_S = 120.0
 """What a worker may take to start, on top of a task's own limit, before its first word."""
@@ -30,6 +31,8 @@ class Slot:
 
     settings: WorkerSettings
     number: int = 0
+    spares: Spares = field(default_factory=lambda: Spares(()))
+    """Processes that wait to be workers."""
     worker: WorkerProcess | None = None
     given: list[Item] = field(default_factory=list)
     """Items without an outcome in the order in which they were given; those with an attempt come first."""
@@ -99,7 +102,7 @@ class Slot:
         if self.worker is None:
             self.ready, self.heard = False, time.monotonic() + BOOT_S
             self.born = datetime.now(UTC)
-            self.worker = WorkerProcess(self.settings)
+            self.worker = WorkerProcess(self.settings, self.spares.take(self.settings))
             self.pid = self.worker.pid
         if not self.busy:
             self.heard = max(self.heard, time.monotonic())
@@ -165,8 +168,8 @@ class Slot:
         return worker.kill(grace_s)
 
 
-def make_slots(devices: Sequence[str], per_device: int, settings: WorkerSettings) -> list[Slot]:
-    """Return ``per_device`` slots for each device; workers start with their first task."""
-    named = [replace(settings, device=name, visible=visible_as(name), parent=os.getpid()) for name in devices]
-    slots = [item for item in named for _ in range(per_device)]
-    return [Slot(item, number) for number, item in enumerate(slots)]
+def make_slots(spares: Spares, settings: WorkerSettings) -> list[Slot]:
+    """Return a slot for each that ``spares`` names; workers start with their first task, from ``spares`` at first."""
+    named = [replace(settings, device=name, visible=visible_as(name), parent=os.getpid()) for name in spares.devices]
+    slots = [item for item in named for _ in range(spares.per_device)]
+    return [Slot(item, number, spares) for number, item in enumerate(slots)]

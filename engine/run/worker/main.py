@@ -40,7 +40,10 @@ def main() -> None:
     os.set_inheritable(line, False)
     connection = Connection(line)
     settings: WorkerSettings
-    (settings,) = connection.recv()
+    try:
+        (settings,) = connection.recv()
+    except EOFError:  # the scheduler is gone, or needed fewer workers than it started processes for
+        sys.exit(ORPHANED)
     _die_with(settings.parent)
     faults.enter("worker")
     faulthandler.enable()  # a crash in native code leaves its stack in the attempt's log
