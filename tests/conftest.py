@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +22,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, however long drawing them takes: who changes something else is not to meet a new one.
+hypothesis_settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("steady")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let what a test draws without a seed of its own not depend on which tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
