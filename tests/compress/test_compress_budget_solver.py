@@ -84,9 +84,9 @@ def test_what_cannot_fit_is_refused() -> None:
 def test_two_hundred_layers_take_less_than_a_second(share: float) -> None:
     layers = network(200, seed=1)
     least, most = (sum(extreme(layer.sizes) for layer in layers) for extreme in (min, max))
-    started = time.process_time()
+    started = time.thread_time()  # not what other threads of this process do meanwhile
     found = solve(layers, int(least + share * (most - least)))
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
     assert found.gap == 0
 
 

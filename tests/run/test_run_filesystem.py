@@ -36,9 +36,9 @@ def _link_anyway(source: Path, target: Path) -> None:
 
 def test_a_local_disk_will_do_quickly_and_nothing_is_left(tmp_path: Path) -> None:
     check_filesystem(tmp_path)
-    started = time.process_time()
+    started = time.thread_time()  # not what other threads of this process do meanwhile
     check_filesystem(tmp_path)
-    assert time.process_time() - started < 0.1
+    assert time.thread_time() - started < 0.1
     assert os.listdir(tmp_path / ".attempts") == []
 
 
