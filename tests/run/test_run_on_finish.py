@@ -48,12 +48,15 @@ def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path: Path, capfd:
     numbers = tmp_path / "numbers"
     command = f"sleep 600 & echo $! $$ > {numbers}; wait"
     started = time.monotonic()
-    assert not run_on_finish(command, SUMMARY, tmp_path, 0, timeout_s=1)
+    assert not run_on_finish(command, SUMMARY, tmp_path, 0, timeout_s=3)
     assert time.monotonic() - started < 30
-    assert "was ended after 1 s" in capfd.readouterr().err
+    assert "was ended after 3 s" in capfd.readouterr().err
     child, shell = map(int, numbers.read_text().split())
-    assert _ended(child)
     assert _ended(shell)
+    end = time.monotonic() + 30  # a signal that was sent may still be on its way to a process that gets no turn
+    while not _ended(child):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def _ended(number: int) -> bool:
