@@ -25,6 +25,7 @@ from dfmpc.run.resume import JoinedRun, create_or_join_run
 from dfmpc.run.store import RunFolder, Store, freeze
 
 PROCESSES, ROUNDS = 8, 10
+LIMIT_S = 250.0
 SPAWN = multiprocessing.get_context("spawn")
 TASKS = ("a/r4", "a/r8", "b/r4", "b/r8")
 
@@ -70,7 +71,7 @@ def _fail(run: RunFolder, *names: str) -> None:
 
 def _race(root: Path, start: Barrier, answers: SimpleQueue[Any], rounds: int) -> None:
     for turn in range(rounds):
-        start.wait(60)
+        start.wait(LIMIT_S)
         joined = _join(root / str(turn))
         answers.put((turn, joined.run.run_id, joined.resumed, len(joined.open_tasks)))
 
@@ -82,7 +83,7 @@ def _raced(root: Path, rounds: int) -> list[Any]:
     for racer in racers:
         racer.start()
     for racer in racers:
-        racer.join(120)
+        racer.join(LIMIT_S)
     assert [racer.exitcode for racer in racers] == [0] * PROCESSES
     return [answers.get() for _ in range(PROCESSES * rounds)]
 
@@ -94,7 +95,7 @@ def _join_once(folder: Path) -> None:
 def _ended(folder: Path) -> int | None:
     process = SPAWN.Process(target=_join_once, args=(folder,))
     process.start()
-    process.join(60)
+    process.join(LIMIT_S)
     return process.exitcode
 
 

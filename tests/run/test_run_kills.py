@@ -153,7 +153,7 @@ def test_the_parents_death_takes_all_workers_and_costs_what_was_in_flight(bench:
     command.process.kill()
     assert command.ended()[0] == -9
     for handle in handles:
-        assert select.select([handle], [], [], 5.0)[0], "a worker outlived its scheduler"
+        assert select.select([handle], [], [], 60.0)[0], "a worker outlived its scheduler"  # they are at work for ever
         os.close(handle)
 
     busy.unlink()
@@ -195,7 +195,7 @@ def test_a_second_signal_ends_at_once(bench: Any) -> None:
     command.said("up to 150 s for 1 at work")
     time.sleep(1.1)  # signals within a second are one
     command.process.send_signal(signal.SIGTERM)
-    assert command.process.wait(30) == 75
+    assert command.process.wait(100) == 75  # the grace is longer
     assert select.select([worker], [], [], 0)[0], "the worker outlived its scheduler"
     os.close(worker)
     assert command.statuses == {"slow/r4": "interrupted"}
