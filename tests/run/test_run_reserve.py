@@ -165,4 +165,6 @@ def test_what_may_be_promised_here_is_below_what_is_free(monkeypatch: pytest.Mon
     limits = iter([1_000_000.0, None])
     monkeypatch.setattr("dfmpc.run.schedule.reserve.memory_limit", lambda: next(limits))
     assert available_host_bytes() == 900_000
-    assert available_host_bytes() == pytest.approx(free, rel=0.3)
+    unlimited = available_host_bytes()
+    assert unlimited is not None
+    assert 0.7 * free <= unlimited < 0.9 * total, "a limit of a container that these tests run in counts no more"
