@@ -25,7 +25,7 @@ def _plain(width: int) -> nn.Module:
 def works_while(file: str, width: int = 8) -> nn.Module:
     """Be at work, with signs of it, until ``file`` is gone; ``<file>.pid`` says which process is."""
     if Path(file).exists():
-        said = Path(f"{file}.new")
+        said = Path(f"{file}.{os.getpid()}")  # several may be at it
         said.write_text(str(os.getpid()))
         said.replace(f"{file}.pid")
     while Path(file).exists():

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dfmpc.artifact.verify import find_artifacts, verify
+from dfmpc.run.ledger import Kind, read_events
+from dfmpc.run.store import Store
 
 PLANS: list[dict[str, object]] = [{"name": f"r{bits}", "method": "rtn", "bits": bits} for bits in (3, 4, 8)]
 
@@ -28,13 +31,29 @@ def _ends_well(command: subprocess.Popen[str]) -> dict[str, Any]:
     return document
 
 
+def _wait_until_all_have_begun(store: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while True:
+        events = [event for run in Store(store).run_folders() for event in read_events(run)]
+        if sum(event.kind is Kind.RUN_STARTED for event in events) == count:
+            return
+        assert time.monotonic() < end, f"fewer than {count} commands have begun"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_one_job_twice_and_another_job_with_the_same_tasks_at_the_same_time(bench: Any) -> None:
+    busy = bench.folder / "busy"
+    busy.touch()
     models = [bench.model(name, checkpoint=bench.checkpoint(name, bench.state(seed=3))) for name in ("one", "two")]
+    models[0] |= {"factory": "slow_networks:works_while", "args": [str(busy)]}
     job = bench.job(models, PLANS)
     other = bench.folder / "other.yaml"
     other.write_text(job.read_text().replace("name: bench", "name: other"))
-    ended = [_ends_well(command) for command in [_start(job), _start(job), _start(other)]]
+    commands = [_start(job), _start(job), _start(other)]
+    _wait_until_all_have_begun(bench.store, len(commands))  # before a run is finished, which nobody would join
+    busy.unlink()
+    ended = [_ends_well(command) for command in commands]
 
     assert ended[0]["run"] == ended[1]["run"] != ended[2]["run"]
     tasks = {f"{name}/{plan['name']}" for name in ("one", "two") for plan in PLANS}
