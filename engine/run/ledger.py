@@ -33,6 +33,8 @@ class Kind(StrEnum):
     TASK_FINISHED = "task_finished"
     TASK_FAILED = "task_failed"
     RUN_FINISHED = "run_finished"
+    PART_FINISHED = "part_finished"
+    """A command has done its part of the tasks; others are, or will be, at the rest."""
     INTERRUPTED = "interrupted"
     """Of a task whose attempt was cut short; without a task, of the scheduler."""
     WORKER_DIED = "worker_died"

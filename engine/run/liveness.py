@@ -14,7 +14,7 @@ from .store import RunFolder
 _YOUNG_S = 3600
 """How long a run without events is taken to be about to begin."""
 _FIRST_LINES = 8
-_ENDS = (Kind.INTERRUPTED, Kind.RUN_FINISHED)
+_ENDS = (Kind.INTERRUPTED, Kind.PART_FINISHED, Kind.RUN_FINISHED)
 """What a command says of itself, without a task, when it is about to end."""
 
 

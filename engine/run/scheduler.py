@@ -159,10 +159,11 @@ class _Run:
         return stopped
 
     def _finish(self) -> None:
-        """Close the run, unless other shards are still at it."""
+        """Close the run, or our part of it while other shards are at theirs."""
         run = self._joined.run
         rows = self._rows()
         if self._unreadable or any(task.id not in rows for task in self._frozen.tasks):
+            self._tally.record(Event(Kind.PART_FINISHED))
             return
         self._tally.record(Event(Kind.RUN_FINISHED))
         try:

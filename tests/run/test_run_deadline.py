@@ -86,6 +86,16 @@ def test_where_nothing_is_known_it_starts_and_then_the_slowest_decides() -> None
     assert deadline.allows("q", 7000)
 
 
+def test_a_task_can_wait_as_long_as_it_would_still_end_in_time() -> None:
+    assert Deadline(None, 0.0).slack_s("p", 10) is None
+    deadline = Deadline(time.time() + 100, 20.0)
+    assert deadline.slack_s("p", 10) == pytest.approx(80, abs=5)
+    deadline.observe("p", 10, 20.0)
+    assert deadline.slack_s("p", 10) == pytest.approx(50, abs=5)
+    assert deadline.slack_s("p", 20) == pytest.approx(20, abs=5)
+    assert not deadline.allows("p", 40)
+
+
 def test_a_model_without_a_size_is_no_division_by_zero() -> None:
     deadline = Deadline(time.time() + 100, 0.0)
     deadline.observe("p", 0, 50.0)

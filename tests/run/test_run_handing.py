@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from dfmpc.run.ledger import Event, Kind, Ledger, fold
 from dfmpc.run.messages import Recall, RunTask, Started, WorkerSettings
 from dfmpc.run.outcome import bare_row
 from dfmpc.run.schedule import slots as slots_module
+from dfmpc.run.schedule import tally as tally_module
 from dfmpc.run.schedule.board import Board, Item
 from dfmpc.run.schedule.deadline import Deadline
 from dfmpc.run.schedule.handing import Handing
@@ -59,7 +61,7 @@ class Desk:
         self.ledger = Ledger(self.run)
         self.items = {item.task.id: item for item in (_item(f"m{number:03}") for number in range(count))}
         self.board = Board(self.items.values())
-        deadline = Deadline(None, 0.0)
+        self.deadline = deadline = Deadline(None, 0.0)
         progress = Progress(dict.fromkeys(self.items, 1), shown=False)
         self.tally = Tally(self.run, self.board, self.ledger, progress, deadline, Rules())
         devices = ["cpu"] * slots
@@ -67,9 +69,9 @@ class Desk:
             Spares(devices), WorkerSettings(self.run.path, "cpu", 1, (), None, Gates(), 0, os.getpid())
         )
         self.slots = [replace(slot, number=number) for number, slot in enumerate(self.slots)]
-        promises, roster = Promises(None, devices), Roster(self.slots, progress.note)
-        self.losses = Losses(self.board, self.tally, promises, roster)
-        self.handing = Handing(self.slots, self.board, self.tally, promises, deadline, roster, self.losses)
+        promises, self.roster = Promises(None, devices), Roster(self.slots, progress.note)
+        self.losses = Losses(self.board, self.tally, promises, self.roster)
+        self.handing = Handing(self.slots, self.board, self.tally, promises, deadline, self.roster, self.losses)
 
     def orders(self, number: int) -> list[list[str]]:
         worker = self.slots[number].worker
@@ -162,6 +164,53 @@ def test_what_waits_behind_a_long_task_is_called_back(tmp_path: Path) -> None:
         desk.board.put_back(item)
     desk.handing.hand_out(now)
     assert (len(waiting), stuck.waiting, idle.waiting, len(desk.board)) == (16, 1, 4, 11)
+
+
+def _recalls(slot: Slot) -> list[tuple[object, ...]]:
+    worker = slot.worker
+    assert isinstance(worker, Post)
+    return [word for word in worker.words if isinstance(word[0], Recall)]
+
+
+def test_what_waits_at_a_device_that_was_cordoned_is_called_back(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 200)
+    desk.handing.hand_out(0.0)
+    other, slot = desk.slots
+    for each in desk.slots:
+        desk.begin(each)
+    assert (slot.waiting, desk.handing.call_back(0.0)) == (1, None)
+    desk.roster.give_up([slot], "cordoned")
+    desk.handing.call_back(0.0)
+    assert (_recalls(slot), _recalls(other)) == ([(Recall(),)], [])
+
+
+def test_what_could_begin_too_late_for_the_deadline_is_called_back(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 4, slots=1)
+    desk.handing.hand_out(0.0)
+    (slot,) = desk.slots
+    desk.begin(slot)
+    desk.deadline.at = time.time() + 60
+    assert desk.handing.call_back(0.0) == pytest.approx(60, abs=5), "of no task is known how long it takes"
+    desk.deadline.observe("p", 1, 30.0)
+    assert desk.handing.call_back(0.0) == pytest.approx(15, abs=5)
+    desk.deadline.observe("p", 1, 50.0)
+    desk.handing.call_back(0.0)
+    assert (slot.waiting, _recalls(slot)) == (1, [(Recall(),)])
+
+
+def test_the_ledger_is_read_once_for_all_that_a_worker_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, 200, slots=1)
+    _after_short_ones(desk, 0.001)
+    (slot,) = desk.slots
+    desk.begin(slot, 16)
+    for item in slot.given:
+        desk.ledger.append(Event(Kind.TASK_FINISHED, task=item.task.id, attempt=f"try-{item.model}", status="done"))
+    read: list[RunFolder] = []
+    monkeypatch.setattr(tally_module, "fold", lambda run: (read.append(run), fold(run))[1])
+    tasks = {item.task.id for item in slot.given}
+    desk.losses.put_back(slot)
+    assert (len(tasks), desk.tally.settled) == (17, tasks)
+    assert len(read) == 2, "what was begun, and what was finished"
 
 
 def test_what_a_worker_began_unheard_is_charged_and_what_it_did_not_begin_is_free(tmp_path: Path) -> None:

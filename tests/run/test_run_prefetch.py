@@ -149,7 +149,7 @@ def test_without_memory_ahead_it_is_read_when_it_is_taken(sources: list[ModelSou
     assert prefetcher.bytes_held == SIZE
 
 
-@pytest.mark.parametrize("how", ["want another", "close"])
+@pytest.mark.parametrize("how", ["want another", "keep another", "close"])
 def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str) -> None:
     gate = Gate()
     prefetcher = Prefetcher(threads=1, limit_bytes=3 * SIZE, allocate=gate)
@@ -158,6 +158,8 @@ def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str
     assert prefetcher.bytes_held == SIZE
     if how == "want another":
         prefetcher.want(sources[1])
+    elif how == "keep another":
+        prefetcher.keep_only(sources[1])
     else:
         threading.Timer(0.01, gate.open.set).start()
         prefetcher.close()
@@ -166,6 +168,15 @@ def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str
     until(lambda: not reading())
     assert prefetcher.bytes_held == (SIZE if how == "want another" else 0)
     assert bytes(prefetcher.take(sources[0])[0].data) == content(sources[0])
+
+
+def test_what_is_about_to_be_taken_is_kept(prefetcher: Prefetcher, sources: list[ModelSource]) -> None:
+    prefetcher.want(sources[0])
+    prefetcher.keep_only(sources[0])
+    until(lambda: not reading())
+    read = prefetcher.bytes_read
+    assert bytes(prefetcher.take(sources[0])[0].data) == content(sources[0])
+    assert prefetcher.bytes_read == read == SIZE
 
 
 def test_what_is_needed_now_goes_before_what_is_read_ahead(sources: list[ModelSource]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.loader import load_job
+from dfmpc.run.ledger import Kind, read_events
 from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.shards import Shard, array_note, assign, models_of, parse_shard
 from dfmpc.run.store import RunFolder, Store
@@ -110,15 +111,22 @@ def _run(job: Path, shard: Shard | None, **options: Any) -> Any:
     return run_job(load_job(job), RunOptions(progress=False, devices="cpu", shard=shard, **options))
 
 
+def _said(run: Path) -> list[Kind]:
+    """Return what the commands at ``run`` said of themselves."""
+    return [event.kind for event in read_events(RunFolder(run)) if not event.task]
+
+
 def test_shards_share_one_run_and_a_finished_part_has_nothing_to_do(bench: Any) -> None:
     job = bench.job([bench.model("a"), bench.model("b"), bench.model("c")], PLANS)
     first = _run(job, Shard(0, 2))
     assert [row.task for row in first.rows] == ["a/r4", "a/r8", "c/r4", "c/r8"]
     assert (first.exit_code, first.resumed) == (0, False)
+    assert _said(first.run)[-1] is Kind.PART_FINISHED
     again = _run(job, Shard(0, 2))
     assert (again.run, again.resumed, again.exit_code, len(again.rows)) == (first.run, True, 0, 4)
     second = _run(job, Shard(1, 2))
     assert (second.run, [row.task for row in second.rows]) == (first.run, ["b/r4", "b/r8"])
+    assert _said(first.run)[-1] is Kind.RUN_FINISHED
     assert len(Store(bench.store).run_folders()) == 1
     whole = bench.folder / "whole"
     run_job(load_job(job, output=str(whole)), RunOptions(progress=False, devices="cpu"))

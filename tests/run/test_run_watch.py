@@ -256,6 +256,7 @@ def _written_elsewhere(run: RunFolder, *kinds: Kind, days: float = 0.0) -> None:
         ([Kind.RUN_STARTED], 6.9, True),
         ([Kind.RUN_STARTED], 7.1, False),
         ([Kind.RUN_STARTED, Kind.INTERRUPTED], 0.0, False),
+        ([Kind.RUN_STARTED, Kind.PART_FINISHED], 0.0, False),
         ([Kind.RUN_STARTED, Kind.INTERRUPTED, Kind.RUN_STARTED], 0.0, True),
         ([], 0.0, True),
     ],

@@ -38,7 +38,7 @@ class Losses:
             self.charge(lane, Failure.CRASH, error)
             return
         lane.clear()
-        if started is None or not self._tally.finished_meanwhile(started):
+        if started is None or not self._tally.finished_meanwhile([started]):
             self._board.put_back(item)
             self._tally.progress.note(f"{item.task.id}: tried again elsewhere at no cost: {why}")
 

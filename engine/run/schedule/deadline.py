@@ -34,13 +34,21 @@ class Deadline:
         """Return the seconds left for work; None without a deadline."""
         return None if self.at is None else self.at - time.time() - self.reserve_s
 
-    def allows(self, plan: str, size: int) -> bool:
-        """Tell whether a task can be expected to end in time; where nothing is known it is, while there is time."""
+    def slack_s(self, plan: str, size: int) -> float | None:
+        """Return how long a task can still wait and be expected to end in time; None without a deadline.
+
+        Where nothing is known of such tasks it can wait until the end.
+        """
         left = self.left_s()
         if left is None:
-            return True
+            return None
         rate = self._rates.get(plan, max(self._rates.values(), default=0.0))
-        return left > 0 and _MARGIN * rate * size <= left
+        return left - _MARGIN * rate * size
+
+    def allows(self, plan: str, size: int) -> bool:
+        """Tell whether a task that begins now can be expected to end in time."""
+        slack = self.slack_s(plan, size)
+        return slack is None or slack > 0
 
 
 def parse_deadline(text: str | None, environment: Mapping[str, str]) -> float | None:

@@ -45,15 +45,27 @@ class Handing:
             slot.send()
 
     def call_back(self, now: float) -> float | None:
-        """Call back what waits behind a long task; return the seconds until that may be due.
-
-        Others may be glad of it, memory was promised for it, and by its turn it may not be wanted any more.
-        """
-        crowded = [slot for slot in self._slots if slot.crowded and not slot.called_back]
-        for slot in crowded:
-            if now >= slot.moved + _LONG_S:
+        """Call back what must not wait at its worker any longer; return the seconds until that may be due."""
+        left = []
+        for slot in self._slots:
+            seconds = self._may_wait_s(slot, now) if slot.waiting and not slot.called_back else None
+            if seconds is not None and seconds <= 0:
                 slot.call_back()
-        return min((slot.moved + _LONG_S - now for slot in crowded if not slot.called_back), default=None)
+            elif seconds is not None:
+                left.append(seconds)
+        return min(left, default=None)
+
+    def _may_wait_s(self, slot: Slot, now: float) -> float | None:
+        """Return for how long what waits at ``slot`` may stay there; None: until its turn comes.
+
+        Behind a long task others may be glad of it, and memory was promised for it. By its turn its device may have
+        been cordoned, or the time that is left too short for it.
+        """
+        if slot not in self._roster.usable:
+            return 0.0
+        limits = [self._deadline.slack_s(item.task.plan.name, item.bytes) for item in slot.not_begun]
+        limits.append(slot.moved + _LONG_S - now if slot.crowded else None)
+        return min((seconds for seconds in limits if seconds is not None), default=None)
 
     @property
     def _fair(self) -> int:

@@ -62,10 +62,9 @@ class Losses:
 
     def put_back(self, slot: Slot) -> None:
         """Let what ``slot`` was given wait again, but for what its worker has finished without being heard."""
-        attempts = self.attempts(slot)
+        finished = self._tally.finished_meanwhile(self.attempts(slot).values())
         for item in reversed(slot.given):
-            started = attempts.get(item.task.id)
-            if started is None or not self._tally.finished_meanwhile(started):
+            if item.task.id not in finished:
                 self._board.put_back(item)
         slot.given, slot.attempts = [], {}
 

@@ -78,6 +78,11 @@ class Slot:
         return len(self.given) - len(self.attempts)
 
     @property
+    def not_begun(self) -> list[Item]:
+        """Those of the given tasks."""
+        return [item for item in self.given if item.task.id not in self.attempts]
+
+    @property
     def crowded(self) -> bool:
         """Whether more waits than the one task that saves the worker a wait."""
         return self.waiting > (1 if self.attempts else 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -13,7 +13,7 @@ from ...job.expand import Task
 from ...report.parts import write_part
 from ...report.rows import ModelRow
 from ..failures import Failure, Retry
-from ..ledger import Event, Kind, Ledger, fold
+from ..ledger import Event, Kind, Ledger, TaskState, fold
 from ..messages import Started, TaskOutcome
 from ..outcome import bare_row, failed
 from ..store import RunFolder
@@ -107,7 +107,8 @@ class Tally:
         Of one that is left it was the fault. Of several (one was computed while another was committed) nobody knows:
         each is tried again alone, at no cost, which shows it.
         """
-        left = [item for item in items if not self._just_finished(attempts.get(item.task.id))]
+        finished = self.finished_meanwhile(attempts[item.task.id] for item in items if item.task.id in attempts)
+        left = [item for item in items if item.task.id not in finished]
         if len(left) == 1:
             self._charge(left[0], failure, error, attempts.get(left[0].task.id), device)
             return
@@ -117,9 +118,6 @@ class Tally:
         if left:
             names = ", ".join(item.task.id for item in left)
             self.progress.note(f"{names}: {failure}, each tried again alone as either may be the cause: {error}")
-
-    def _just_finished(self, started: Started | None) -> bool:
-        return started is not None and self.finished_meanwhile(started)
 
     def _charge(self, item: Item, failure: Failure, error: DfmpcError, started: Started | None, device: str) -> None:
         attempt = started.attempt if started else uuid.uuid4().hex[:12]
@@ -143,22 +141,22 @@ class Tally:
             if state and since and state.is_by(pid, since) and (state.status == "running" or state.settled)
         }
 
-    def finished_meanwhile(self, started: Started) -> bool:
-        """Tell whether a worker kept its outcome but died before it could say so; the task is settled then.
+    def finished_meanwhile(self, attempts: Iterable[Started]) -> set[str]:
+        """Return the tasks whose outcome a worker kept, but died before it could say so; they are settled then.
 
-        So it is where another command over the same run has finished it. A ledger that cannot be read tells nothing.
+        So they are where another command over the same run has finished them. A ledger that cannot be read tells
+        nothing.
         """
+        begun = list(attempts)
         try:
-            state = fold(self.run).get(started.task)
+            states = fold(self.run) if begun else {}
         except OSError:
-            return False
-        if state is None or not state.settled:
-            return False
-        if state.attempt != started.attempt and state.status == "failed":
-            return False
-        self.settled.add(started.task)
-        self.progress.finished(started.task)
-        return True
+            return set()
+        found = {started.task for started in begun if _is_settled(started, states.get(started.task))}
+        self.settled |= found
+        for task in found:
+            self.progress.finished(task)
+        return found
 
     def fail(self, task: Task, error: DfmpcError) -> None:
         """Give ``task`` a failed row without an attempt."""
@@ -166,7 +164,7 @@ class Tally:
 
     def interrupt(self, item: Item, started: Started, device: str) -> None:
         """Note that an attempt was cut short; that costs the task nothing."""
-        if self._just_finished(started):
+        if self.finished_meanwhile([started]):
             return
         row = bare_row(self.run, item.task, "interrupted", started.attempt, device)
         self._keep(replace(row, finished_at=datetime.now(UTC)))
@@ -262,3 +260,10 @@ class Tally:
 def seconds_of(row: ModelRow) -> float:
     """Return what a task took of its worker's time."""
     return sum(part or 0.0 for part in (row.read_s, row.compress_s, row.write_s, row.evaluate_s))
+
+
+def _is_settled(started: Started, state: TaskState | None) -> bool:
+    """Tell whether the task of ``started`` has its outcome: not where it is another attempt's failure."""
+    if state is None or not state.settled:
+        return False
+    return state.attempt == started.attempt or state.status != "failed"

@@ -47,10 +47,15 @@ class Line:
 
 
 class Inbox:
-    """The tasks that were sent and not begun, filled by a thread of its own; it calls ``arrived`` after each word."""
+    """The tasks that were sent and not begun, filled by a thread of its own; it calls ``arrived`` after each word.
 
-    def __init__(self, line: Line, arrived: Callable[[], None]) -> None:
-        self._line, self._arrived = line, arrived
+    Where tasks are given back it calls ``left`` with the model of the one that was begun last.
+    """
+
+    def __init__(
+        self, line: Line, arrived: Callable[[], None], left: Callable[[ModelSource | None], None] = lambda _: None
+    ) -> None:
+        self._line, self._arrived, self._left = line, arrived, left
         self._orders: deque[RunTask] = deque()
         self._begun: ModelSource | None = None
         self._changed = threading.Condition()
@@ -98,6 +103,7 @@ class Inbox:
 
     def _give_back(self) -> None:
         with self._changed:
-            tasks = tuple(order.task.id for order in self._orders)
+            tasks, begun = tuple(order.task.id for order in self._orders), self._begun
             self._orders.clear()
         self._line.send(Recalled(tasks))
+        self._left(begun)

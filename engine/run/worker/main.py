@@ -77,7 +77,7 @@ class Worker:
             lambda: self._finisher.writes,
             always=self._line.flush,
         )
-        self._inbox = inbox = Inbox(self._line, arrived=self._read_ahead)
+        self._inbox = inbox = Inbox(self._line, arrived=self._read_ahead, left=self._prefetcher.keep_only)
         try:
             self._do_all(inbox)
         finally:  # a device that is broken may refuse anything in between; what was done is kept and told all the same

@@ -69,6 +69,12 @@ class Prefetcher:
             self._running.append(self._ahead)
             threading.Thread(target=self._read_ahead, args=(self._ahead,), name="prefetch", daemon=True).start()
 
+    def keep_only(self, source: ModelSource | None) -> None:
+        """Let go of what is read ahead unless it is ``source``: it will not be taken here."""
+        with self._changed:
+            if self._ahead is not None and self._ahead.source != source:
+                self._cancel()
+
     def take(self, source: ModelSource) -> list[FileBytes]:
         """Return the files of ``source``: those read ahead, when they are there, or read now.
 
