@@ -160,6 +160,7 @@ def test_a_disk_that_is_too_full_to_start_a_run_is_told_once_and_may_be_tried_ag
     assert len(Store(store).run_folders()) == 1
 
 
+@pytest.mark.timeout(900)  # nine commands
 def test_however_a_run_is_divided_its_artifacts_are_the_same(bench: Any) -> None:
     models = []
     for number, width in enumerate((16, 12, 8, 4)):
