@@ -147,6 +147,7 @@ class _Run:
         """Do the open tasks; return why some are left, empty where none is."""
         try:
             self._begin()
+            spares.close(but=len({item.model for item in self._board.items()}))
             stopped = self._dispatcher(spares).work(interrupts) if self._board else ""
             sweep_leftovers(self._store, self._progress)
             if stopped:
@@ -154,6 +155,7 @@ class _Run:
             else:  # a signal that comes after the last task interrupts nothing
                 self._finish()
         finally:
+            spares.close()
             self._progress.close()
             self._ledger.close()
         return stopped

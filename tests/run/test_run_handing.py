@@ -14,12 +14,13 @@ from dfmpc.job.methods import RtnPlan
 from dfmpc.job.schema import Gates
 from dfmpc.run.failures import Failure, History
 from dfmpc.run.ledger import Event, Kind, Ledger, fold
-from dfmpc.run.messages import Recall, RunTask, Started, WorkerSettings
+from dfmpc.run.messages import Alive, Recall, Recalled, RunTask, Started, WorkerSettings
 from dfmpc.run.outcome import bare_row
 from dfmpc.run.schedule import slots as slots_module
 from dfmpc.run.schedule import tally as tally_module
 from dfmpc.run.schedule.board import Board, Item
 from dfmpc.run.schedule.deadline import Deadline
+from dfmpc.run.schedule.dispatch import Dispatcher, Limits
 from dfmpc.run.schedule.handing import Handing
 from dfmpc.run.schedule.losses import Losses
 from dfmpc.run.schedule.process import Ended
@@ -38,9 +39,13 @@ class Post:
     def __init__(self, *_: object) -> None:
         self.words: list[tuple[object, ...]] = []
         self.pid = os.getpid()
+        self.answer: object = None
 
     def send(self, *messages: object) -> None:
         self.words.append(messages)
+
+    def receive(self) -> tuple[object, ...]:
+        return (self.answer,)
 
     def kill(self, grace_s: float = 0.0) -> Ended:  # noqa: ARG002 - the scheduler passes it
         return Ended(-11, "was ended by SIGSEGV")
@@ -182,6 +187,33 @@ def test_what_waits_at_a_device_that_was_cordoned_is_called_back(tmp_path: Path)
     desk.roster.give_up([slot], "cordoned")
     desk.handing.call_back(0.0)
     assert (_recalls(slot), _recalls(other)) == ([(Recall(),)], [])
+
+
+def test_what_is_just_beginning_is_not_asked_for_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 4, slots=1)
+    desk.handing.hand_out(0.0)
+    (slot,) = desk.slots
+    desk.roster.give_up([slot], "cordoned")
+    desk.handing.call_back(0.0)
+    assert slot.recall([]) == [], "the worker has taken it, and has not said so yet"
+    desk.handing.call_back(0.0)
+    assert len(_recalls(slot)) == 1
+    desk.begin(slot)
+    desk.handing.call_back(0.0)
+    assert len(_recalls(slot)) == 2, "another one may wait behind it"
+
+
+def test_that_nothing_is_given_back_is_no_sign_of_work(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 4, slots=1)
+    desk.handing.hand_out(0.0)
+    (slot,) = desk.slots
+    limits, promises = Limits(task_s=None, silent_s=60.0, grace_s=0.0), Promises(None, ["cpu"])
+    dispatcher = Dispatcher(desk.slots, desk.board, desk.tally, promises, desk.deadline, limits)
+    assert isinstance(slot.worker, Post)
+    for message, heard in ((Recalled(()), False), (Alive(), True)):
+        slot.heard, slot.worker.answer = 0.0, message
+        dispatcher._receive(slot)
+        assert (slot.heard > 0.0) is heard
 
 
 def test_what_could_begin_too_late_for_the_deadline_is_called_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ class Started:
     """A process that only tells whether it was ended."""
 
     all: list[Started]
+    interrupted_at = 0
 
     def __init__(self, threads: int, visible: str | None) -> None:
-        self.threads, self.visible, self.discarded = threads, visible, False
+        if len(self.all) + 1 == self.interrupted_at:
+            raise KeyboardInterrupt
+        self.threads, self.visible, self.discarded, self.lives = threads, visible, False, True
         self.all.append(self)
 
     def discard(self) -> None:
@@ -52,6 +56,34 @@ def test_each_slot_gets_a_process_that_sees_its_device(started: list[Started], t
     assert [each.discarded for each in started] == [False, True, False]
 
 
+def test_one_that_has_died_is_nobodys_worker(started: list[Started], tmp_path: Path) -> None:
+    spares = Spares(["cpu"], per_device=3, most=3)
+    started[0].lives = started[2].lives = False
+    assert [spares.take(settings(tmp_path)) for _ in range(2)] == [started[1], None]
+    assert [each.discarded for each in started] == [True, False, True]
+
+
+def test_those_for_which_there_is_no_work_are_ended(started: list[Started], tmp_path: Path) -> None:
+    spares = Spares(["cpu"], per_device=3, most=3)
+    spares.close(but=1)
+    assert [each.discarded for each in started] == [False, True, True]
+    assert spares.take(settings(tmp_path)) is started[0]
+
+
+def test_an_interrupted_start_leaves_no_process(started: list[Started], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Started, "interrupted_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        Spares(["cpu"], per_device=3, most=3)
+    assert [each.discarded for each in started] == [True, True]
+
+
+def test_a_device_is_looked_up_once(started: list[Started], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(spares_module, "visible_as", lambda name: asked.append(name) or name[-1])
+    Spares(["cuda:0", "cuda:1"], per_device=4, most=8)
+    assert (asked, [each.visible for each in started]) == (["cuda:0", "cuda:1"], ["0"] * 4 + ["1"] * 4)
+
+
 def test_where_processes_cannot_be_started_the_slots_are_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -71,6 +103,14 @@ def test_a_process_started_early_serves_as_a_worker(tmp_path: Path) -> None:
         assert worker.receive() == (Ready(),)
         assert worker.pid == boot.process.pid
         assert worker.kill().code == -9
+
+
+def test_one_that_was_reaped_by_somebody_else_is_discarded_all_the_same() -> None:
+    boot = Boot(1)
+    os.kill(boot.process.pid, signal.SIGKILL)
+    os.waitpid(boot.process.pid, 0)  # as the kernel does where SIGCHLD is ignored
+    boot.discard()
+    assert boot.connection.closed
 
 
 def test_one_whose_scheduler_dies_ends_by_itself_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:

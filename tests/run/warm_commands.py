@@ -35,6 +35,18 @@ class ForkedProcess:
             _end_with(work)
         self._pidfd, self._code = os.pidfd_open(self.pid), 0
 
+    def kill(self) -> None:
+        """End it; nothing happens where it has been waited for."""
+        if self._pidfd >= 0:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it lives."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit code, negative for a signal; TimeoutExpired where it is not there within ``timeout``."""
         if self._pidfd >= 0:

@@ -117,7 +117,9 @@ class Dispatcher:
         if messages is None:
             self._losses.bury(slot)
             return
-        slot.ready, slot.false_starts, slot.heard = True, 0, time.monotonic()
+        slot.ready, slot.false_starts = True, 0
+        if not all(isinstance(message, Recalled) for message in messages):  # to that another thread than work's answers
+            slot.heard = time.monotonic()
         for message in messages:
             self._hear(slot, message)
 

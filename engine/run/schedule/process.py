@@ -56,11 +56,20 @@ class Boot:
             self.process = start_process(theirs.fileno(), environment_of(threads, visible))
             self.connection: Connection = Connection(ours.detach())
 
+    @property
+    def lives(self) -> bool:
+        """False once it has ended."""
+        return self.process.poll() is None
+
     def discard(self) -> None:
-        """End it without its having been a worker."""
-        os.kill(self.process.pid, signal.SIGKILL)  # not waited for yet, so it is still this process's number
-        self.process.wait()
-        self.connection.close()
+        """End it without its having been a worker; one that SIGKILL does not end is left behind."""
+        try:
+            self.process.kill()
+            self.process.wait(DIE_S)
+        except subprocess.TimeoutExpired:
+            return
+        finally:
+            self.connection.close()
 
 
 class WorkerProcess:

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 
 from ..messages import Recall, RunTask, Started, WorkerSettings
 from .board import Item
-from .devices import visible_as
 from .process import Ended, WorkerProcess
 from .spares import Spares
 
@@ -130,6 +129,7 @@ class Slot:
 
     def began(self, started: Started) -> None:
         """Note that the worker has begun an attempt."""
+        self.called_back = False
         self.attempts[started.task] = started
         self.since = self.moved = time.monotonic()
 
@@ -146,6 +146,7 @@ class Slot:
         else:
             self.seconds.append(seconds)
         self.moved = time.monotonic()
+        self.called_back = False
         self.attempts.pop(task, None)
         for item in self.given:
             if item.task.id == task:
@@ -155,10 +156,10 @@ class Slot:
 
     def recall(self, tasks: Sequence[str]) -> list[Item]:
         """Note that the worker will not begin ``tasks``; return their items. What comes next is not given so early."""
-        self.called_back = False
         self.seconds.clear()
         items = [item for item in self.given if item.task.id in tasks]
         self.given = [item for item in self.given if item.task.id not in tasks]
+        self.called_back = bool(self.waiting)  # that is beginning: to ask again would get the same answer
         self.model = self.given[-1].model if self.given else None
         return items
 
@@ -175,6 +176,7 @@ class Slot:
 
 def make_slots(spares: Spares, settings: WorkerSettings) -> list[Slot]:
     """Return a slot for each that ``spares`` names; workers start with their first task, from ``spares`` at first."""
-    named = [replace(settings, device=name, visible=visible_as(name), parent=os.getpid()) for name in spares.devices]
+    common = replace(settings, parent=os.getpid())
+    named = [replace(common, device=name, visible=spares.visible[name]) for name in spares.devices]
     slots = [item for item in named for _ in range(spares.per_device)]
     return [Slot(item, number, spares) for number, item in enumerate(slots)]

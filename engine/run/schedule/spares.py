@@ -23,13 +23,17 @@ class Spares:
     def __init__(self, devices: Sequence[str], per_device: int = 1, threads: int = 1, most: int = 0) -> None:
         """Start them; where that fails, whoever wants a worker later is told why."""
         self.devices, self.per_device = list(devices), per_device
+        self.visible = {name: visible_as(name) for name in dict.fromkeys(devices)}
+        """What CUDA_VISIBLE_DEVICES must be for each device; to find that out may start a program."""
         self._boots: list[tuple[str | None, Boot]] = []
-        for name in [name for name in devices for _ in range(per_device)][:most]:
-            visible = visible_as(name)
-            try:
-                self._boots.append((visible, Boot(threads, visible)))
-            except OSError:
-                break
+        try:
+            for name in [name for name in devices for _ in range(per_device)][:most]:
+                self._boots.append((self.visible[name], Boot(threads, self.visible[name])))
+        except OSError:
+            pass
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Spares:
         return self
@@ -40,14 +44,21 @@ class Spares:
         self.close()
 
     def take(self, settings: WorkerSettings) -> Boot | None:
-        """Return a process that sees what ``settings`` say, None where none is left."""
-        for number, (visible, boot) in enumerate(self._boots):
-            if visible == settings.visible:
+        """Return a process that lives and sees what ``settings`` say, None where none is left."""
+        while (found := self._next(settings.visible)) is not None:
+            if found.lives:
+                return found
+            found.discard()
+        return None
+
+    def _next(self, visible: str | None) -> Boot | None:
+        for number, (sees, boot) in enumerate(self._boots):
+            if sees == visible:
                 del self._boots[number]
                 return boot
         return None
 
-    def close(self) -> None:
-        """End those that nobody took."""
-        while self._boots:
+    def close(self, but: int = 0) -> None:
+        """End those that nobody took, but for the first ``but``."""
+        while len(self._boots) > but:
             self._boots.pop()[1].discard()

@@ -12,7 +12,7 @@ from ..shared import Read, SharedModel
 from .caches import let_go
 from .prefetch import Prefetcher
 
-_KEPT = 8
+_KEPT = 16
 _LARGE = 64 * 2**20
 """Networks, or bytes of inputs still held, after which a process lets go of what it keeps: that takes 30 ms."""
 _LASTING = frozenset({None, Failure.DATA, Failure.BUG})
