@@ -28,7 +28,7 @@ from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 from dfmpc.run.store import RunFolder, Store
 
-PATIENCE_S = 150.0
+PATIENCE_S = 250.0
 PLANS: list[dict[str, object]] = [
     {"name": "r4", "method": "rtn", "bits": 4},
     {"name": "mp2-6", "method": "dfmpc", "low": 2, "high": 6},
@@ -49,7 +49,11 @@ def _missing() -> str:
     return "" if importlib.util.find_spec("ray") else "needs Ray: pip install 'dfmpc[ray]'"
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),  # processes of Ray take ten seconds to start here, and several times as many elsewhere
+    pytest.mark.skipif(bool(_missing()), reason=_missing()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +249,7 @@ def test_an_interrupted_command_exits_75_and_a_local_one_resumes(cluster: Any, h
         command.send_signal(signal.SIGTERM)
     _, err = command.communicate(timeout=PATIENCE_S)
     assert command.returncode == 75, err
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90  # not the grace of the second case, and no task that blocks for ever
     assert "the same command resumes" in err
     _until("the blocked process is gone", lambda: not _is_alive(blocked))
     summary = run_job(load_job(job), RunOptions(progress=False, devices="cpu"))
@@ -292,7 +296,7 @@ def test_a_node_without_the_store_is_named_before_anything_starts(cluster: Any, 
         assert list((bench.store / "artifacts").iterdir()) == []
     finally:
         os.killpg(node.pid, signal.SIGTERM)
-        node.wait(30)
+        node.wait(PATIENCE_S)
 
 
 def _wait_for_refusal(job: Path, cluster: Any, node: subprocess.Popen[bytes]) -> tuple[int, dict[str, Any], str]:
