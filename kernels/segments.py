@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from dfmpc.errors import NonFiniteError
@@ -24,6 +25,10 @@ class Part:
     groups: slice
     length: int
 
+    def bytes(self, bits: int) -> slice:
+        """Return where the part's codes of ``bits`` bits lie in a packed row; a part begins with a byte."""
+        return slice(self.columns.start * bits // 8, (self.columns.stop * bits + 7) // 8)
+
 
 @dataclass(frozen=True)
 class SegmentSums:
@@ -43,26 +48,24 @@ class SegmentSums:
     """int64: values that are exactly zero."""
 
     @classmethod
-    def empty(cls, rows: int, groups: int, device: torch.device) -> SegmentSums:
-        """Allocate without filling."""
-        floats = torch.empty((2, rows, groups), dtype=torch.float32, device=device)
-        counts = torch.empty((4, rows, groups), dtype=torch.int64, device=device)
-        return cls(*floats.unbind(0), *counts.unbind(0))
+    def joined(cls, parts: list[tuple[Tensor, ...]], rows: int) -> SegmentSums:
+        """Put the parts of rows side by side: of each the fields in the order of their declaration, [segments]."""
+        return cls(*(join_parts(fields, rows) for fields in zip(*parts, strict=True)))
 
-    @property
-    def fields(self) -> tuple[Tensor, ...]:
-        """The tensors in the order of their declaration, which is the kernels'."""
-        return self.absmax, self.bound, self.squares, self.dots, self.norms, self.zeros
-
-    def put(self, rows: slice, groups: slice, segments: tuple[Tensor, ...]) -> None:
-        """Store flat per-segment results, in the order of the fields, at ``[rows, groups]``."""
-        for target, values in zip(self.fields, segments, strict=True):
-            block = target[rows, groups]
-            block.copy_(values.view(block.shape))
+    @cached_property
+    def exponent(self) -> Tensor:
+        """int64: no weight is above 2^exponent."""
+        return exponents(self.absmax)
 
     def cpu(self) -> SegmentSums:
         """Return the same on the CPU."""
-        return SegmentSums(*(tensor.cpu() for tensor in self.fields))
+        fields = self.absmax, self.bound, self.squares, self.dots, self.norms, self.zeros
+        return SegmentSums(*(tensor.cpu() for tensor in fields))
+
+
+def join_parts(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """Return [rows, groups] of numbers a segment, [segments], of every part of a row."""
+    return parts[0].view(rows, -1) if len(parts) == 1 else torch.cat([part.view(rows, -1) for part in parts], 1)
 
 
 def check_weight(weight: Tensor, group_size: int) -> None:
@@ -91,9 +94,9 @@ def code_format(weight: Tensor, grid: Grid, bits: int, group_size: int, layer_wi
     return CodeFormat(grid=grid, bits=bits, length=length, group_size=group, layer_wise=layer_wise)
 
 
-def row_chunks(rows: int, length: int) -> Iterator[slice]:
-    """Yield slices of rows of about ``CHUNK`` elements."""
-    step = max(1, CHUNK // max(1, length))
+def row_chunks(rows: int, length: int, elements: int = CHUNK) -> Iterator[slice]:
+    """Yield slices of rows of about so many ``elements``."""
+    step = max(1, elements // max(1, length))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
@@ -133,12 +136,13 @@ def nothing(format: CodeFormat, weight: Tensor) -> Quantized:
 
 def require_finite(absmax: Tensor) -> None:
     """Raise NonFiniteError where a segment's largest magnitude is NaN or Inf."""
+    if absmax.numel() == 0 or bool(torch.isfinite(absmax.amax())):
+        return
     bad = (~torch.isfinite(absmax)).any(1)
-    if bool(bad.any()):
-        raise NonFiniteError(
-            f"{int(bad.sum())} of {len(bad)} weight rows hold NaN or Inf, the first is row {int(bad.int().argmax())}; "
-            "repair or re-export the checkpoint"
-        )
+    raise NonFiniteError(
+        f"{int(bad.sum())} of {len(bad)} weight rows hold NaN or Inf, the first is row {int(bad.int().argmax())}; "
+        "repair or re-export the checkpoint"
+    )
 
 
 def finish(
@@ -152,7 +156,7 @@ def finish(
     norm_unit: Tensor,
 ) -> Quantized:
     """Turn a pass's integer totals (on the CPU) into row statistics; the units are float64 [rows, groups]."""
-    square_unit = power_of_two(2 * exponents(sums.absmax) - fineness(format.group_size))
+    square_unit = power_of_two(2 * sums.exponent - fineness(format.group_size))
     return Quantized(
         format=format,
         codes=codes,

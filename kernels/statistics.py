@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
+from .blocks import ExactSum, Segments
 from .device import exponent_of, two_to_the
 from .formats import Grid
 from .launch import use_triton
-from .segments import check_weight, code_format, row_chunks, row_parts
-from .sums import exact_total, exponents, fineness, power_of_two
+from .segments import check_weight, code_format, join_parts, row_parts
+from .sums import exponents, fineness, power_of_two
 from .table import Batch
 from .tiles import add_two, item_of, largest_bits, load_tile, segments_of, tile_range, tile_sums, without_pattern
 
@@ -52,31 +53,20 @@ class _Totals:
         totals = torch.zeros((2, rows, groups), dtype=torch.int64, device=device)
         return cls(*floats.unbind(0), *totals.unbind(0))
 
-    @property
-    def fields(self) -> tuple[Tensor, ...]:
-        """The tensors in the order of their declaration, which is the kernel's."""
-        return self.absmax, self.minimum, self.maximum, self.abs_total, self.square_total
-
-    def put(self, rows: slice, groups: slice, segments: tuple[Tensor, ...]) -> None:
-        """Store flat per-segment results, in the order of the fields, at ``[rows, groups]``."""
-        for target, values in zip(self.fields, segments, strict=True):
-            block = target[rows, groups]
-            block.copy_(values.view(block.shape))
-
 
 def _group_count(length: int, group_size: int) -> int:
     return max(1, -(-length // max(1, group_size)))
 
 
-def _segment_totals(segments: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """Return the fields of ``_Totals`` for float32 [segments, length]."""
-    minimum, maximum = segments.amin(1), segments.amax(1)
-    absmax = torch.maximum(-minimum, maximum).abs()
-    exponent = exponents(absmax)
-    scaled = segments.double()
-    squares = exact_total(scaled.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
-    absolute = exact_total(scaled.abs_().mul_(power_of_two(bits - exponent)[:, None]))
-    return absmax, minimum, maximum, absolute, squares
+def _segment_totals(segments: Segments, bits: int) -> tuple[Tensor, ...]:
+    """Return the fields of ``_Totals``, [segments] each."""
+    extremes = segments.extremes()
+    exponent = exponents(extremes[0])
+    magnitudes, squares = ExactSum(segments, exponent - bits), ExactSum(segments, 2 * exponent - bits)
+    for block in segments.blocks():
+        magnitudes.add_magnitudes(block)
+        squares.add(block, block.wide, block.wide)
+    return *extremes, magnitudes.total(), squares.total()
 
 
 @jit
@@ -218,14 +208,11 @@ def row_statistics_reference(weight: Tensor, group_size: int) -> RowStatistics:
         ValueError: the weight's shape or type or the group size cannot be used.
     """
     check_weight(weight, group_size)
-    rows, length = weight.shape
-    totals = _Totals.filled(rows, _group_count(length, group_size), weight.device)
-    bits = fineness(min(group_size, length))
-    for chunk in row_chunks(rows, length) if length else ():
-        for part in row_parts(length, group_size):
-            segments = weight[chunk, part.columns].reshape(-1, part.length).float()
-            totals.put(chunk, part.groups, _segment_totals(segments, bits))
-    return _finish(totals, bits)
+    (rows, length), bits = weight.shape, fineness(min(group_size, weight.shape[1]))
+    if weight.numel() == 0:
+        return _finish(_Totals.filled(rows, _group_count(length, group_size), weight.device), bits)
+    parts = [_segment_totals(Segments(weight, part), bits) for part in row_parts(length, group_size)]
+    return _finish(_Totals(*(join_parts(fields, rows) for fields in zip(*parts, strict=True))), bits)
 
 
 def row_statistics(weight: Tensor, group_size: int) -> RowStatistics:

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import Block, ExactSum, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .optimum import optimal_thresholds
-from .packing import pack_reference
-from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts, segment_sizes
+from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_parts, segment_sizes
 from .statistics import row_statistics_reference, statistics_batch
-from .sums import exact_total, exponents, fineness, power_of_two, tree_sum
+from .sums import exponents, fineness, power_of_two, tree_sum
 from .table import Batch
 from .ternary_kernel import ternary_kernel
 
@@ -33,22 +33,36 @@ def _layer_threshold(abs_sum: Tensor, count: int) -> Tensor:
     return _threshold(tree_sum(abs_sum[:, 0], 0)[None], count)
 
 
-def _segment_codes(segments: Tensor, bits: int, threshold: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return uint8 codes of float32 [segments, length] and the fields of ``SegmentSums``."""
-    magnitude = segments.abs()
-    absmax = magnitude.amax(1)
-    exponent = exponents(absmax)
-    scaled = magnitude.double()
-    squares = exact_total(scaled.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
-    scaled.mul_(power_of_two(bits - exponent)[:, None]).round_()
-    if threshold is None:
-        total = exact_total(scaled).double() * power_of_two(exponent - bits)
-        threshold = _threshold(total, segments.shape[1])
-    mask = magnitude > threshold[:, None]
-    kept = exact_total(scaled.mul_(mask))
-    count = mask.sum(1)
-    codes = (segments > threshold[:, None]).to(torch.uint8).add_(1).sub_((segments < -threshold[:, None]).byte())
-    return codes, (absmax, absmax, squares, kept, count, segments.shape[1] - count)
+def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor) -> tuple[Tensor, ...]:
+    """Write the codes of ``segments`` to ``packed`` and return the fields of ``SegmentSums``.
+
+    ``given`` is the float32 threshold of each or of all; without one it is TWN's.
+    """
+    absmax = segments.extremes()[0]
+    unit = exponents(absmax) - bits
+    squares, magnitudes, kept = (ExactSum(segments, grid) for grid in (2 * unit + bits, unit, unit))
+    count, rows = ExactSum(segments, unit.new_zeros(1)), segments.rows(packed)
+    steps, thresholds = segments.each(power_of_two(unit)), () if given is None else segments.across(given.double())
+    for block in segments.blocks():
+        squares.add(block, block.wide, block.wide)
+        if given is None:
+            magnitudes.add_magnitudes(block)
+            mean = _threshold(magnitudes.of(block) * steps[block.number], segments.length)
+            _signs(block, mean.double().unsqueeze(block.dim), rows[block.number])
+        else:
+            _signs(block, thresholds[block.number], rows[block.number])
+        kept.add(block, block.wide, block.level)
+        count.add(block, block.level, block.level)
+    number = count.total()
+    return absmax, absmax, squares.total(), kept.total(), number, segments.length - number
+
+
+def _signs(block: Block, threshold: Tensor, rows: Tensor) -> None:
+    """Store the codes and leave in ``level`` the signs of weights beyond ``threshold``, float64, and zeros."""
+    # comparisons that write numbers are much faster than those that write booleans
+    torch.gt(block.wide, threshold, out=block.level).add_(torch.ge(block.wide, -threshold, out=block.term))
+    block.store(block.level, 2, rows)
+    block.level.sub_(1)
 
 
 def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
@@ -92,7 +106,7 @@ def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
     """Derive the scale from the kept magnitudes and their count, and the row statistics from all."""
     sums = sums.cpu()
     require_finite(sums.absmax)
-    unit = power_of_two(exponents(sums.absmax) - fineness(format.group_size))
+    unit = power_of_two(sums.exponent - fineness(format.group_size))
     kept, count = sums.dots.double() * unit, sums.norms
     if format.layer_wise:
         kept, count = tree_sum(kept, 0)[None], count.sum(0)[None]
@@ -116,27 +130,20 @@ def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = Fal
     format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
     if weight.numel() == 0:
         return nothing(format, weight)
-    rows, length = weight.shape
-    bits = fineness(format.group_size)
-    threshold = None
+    (rows, length), threshold = weight.shape, None
     if rule == "exact":
-        threshold = optimal_thresholds(weight, format).expand(rows, format.groups)
+        threshold = optimal_thresholds(weight, format)
     elif layer_wise:
         statistics = row_statistics_reference(weight, length)
         require_finite(statistics.absmax)
-        threshold = _layer_threshold(statistics.abs_sum, weight.numel()).expand(rows, format.groups)
+        threshold = _layer_threshold(statistics.abs_sum, weight.numel())[:, None]
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
-    sums = SegmentSums.empty(rows, format.groups, weight.device)
-    for chunk in row_chunks(rows, length):
-        codes = torch.empty((chunk.stop - chunk.start, length), dtype=torch.uint8, device=weight.device)
-        for part in row_parts(length, format.group_size):
-            segments = weight[chunk, part.columns].reshape(-1, part.length).float()
-            given = None if threshold is None else threshold[chunk, part.groups].flatten()
-            u, found = _segment_codes(segments, bits, given)
-            codes[:, part.columns] = u.view(len(codes), -1)
-            sums.put(chunk, part.groups, found)
-        packed[chunk] = pack_reference(codes, 2)
-    return _finish(format, packed, sums)
+    found = []
+    for part in row_parts(length, format.group_size):
+        given = None if threshold is None else threshold[:, part.groups].flatten()
+        segments = Segments(weight, part)
+        found.append(_encode(segments, fineness(format.group_size), given, packed[:, part.bytes(2)]))
+    return _finish(format, packed, SegmentSums.joined(found, rows))
 
 
 def ternary(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .blocks import Block, ExactSum, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
-from .packing import pack_reference, unpack_reference
+from .packing import unpack_reference
 from .scales import Scales, scales_of
-from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_chunks, row_parts, segment_sizes
+from .segments import SegmentSums, code_format, finish, join_parts, nothing, require_finite, row_parts, segment_sizes
 from .statistics import RowStatistics, row_statistics_reference, statistics_batch
-from .sums import exact_total, exponents, fineness, power_of_two
+from .sums import exponents, fineness, power_of_two
 from .table import Batch
 from .uniform_kernel import uniform_kernel
 
@@ -54,52 +55,66 @@ def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
     return weight.float() * factor.to(weight.device).repeat_interleave(length // channels)
 
 
-def _segment_codes(
-    segments: Tensor, format: CodeFormat, shared: Scales | None, clip: float
-) -> tuple[Tensor, Scales, tuple[Tensor, ...]]:
-    """Return uint8 codes of float32 [segments, length], their scales and the fields of ``SegmentSums``."""
-    minimum, maximum = segments.amin(1), segments.amax(1)
-    absmax = torch.maximum(-minimum, maximum).abs()
-    scales = scales_of(clipped(torch.stack([absmax, minimum, maximum]), clip), format) if shared is None else shared
-    bits, exponent = fineness(format.group_size), exponents(absmax)
-    wide = segments.double()
-    squares = exact_total(wide.square().mul_(power_of_two(bits - 2 * exponent)[:, None]))
-    level = (wide * scales.inverse[:, None]).add_(scales.offset[:, None]).round_()
-    bound = absmax + scales.spread
-    sums: tuple[Tensor, ...]
+def _encode(
+    segments: Segments, format: CodeFormat, shared: Scales | None, clip: float, packed: Tensor
+) -> tuple[Scales, tuple[Tensor, ...]]:
+    """Write the codes of ``segments`` to ``packed``; return their scales and the fields of ``SegmentSums``."""
+    extremes = segments.extremes()
+    scales = scales_of(clipped(extremes, clip), format) if shared is None else shared
+    absmax, bound = extremes[0], extremes[0] + scales.spread
+    squares, dots, norms = _sums(segments, format, exponents(absmax), exponents(bound))
+    zeros = torch.zeros_like(absmax, dtype=torch.float64)
+    grid = _Steps(segments, format, scales, clip, packed)
+    each = segments.each(zeros)
+    for block in segments.blocks():
+        squares.add(block, block.wide, block.wide)
+        grid.round(block)
+        dots.add(block, block.level, block.wide)
+        norms.add(block, block.level, block.level)
+        if format.grid is not Grid.DOREFA:  # whose levels are halves; see _finish
+            torch.sum(torch.eq(block.level, 0, out=block.term), block.dim, out=each[block.number])
+    return scales, (absmax, bound, squares.total(), dots.total(), norms.total(), zeros.long())
+
+
+def _sums(segments: Segments, format: CodeFormat, exponent: Tensor, reach: Tensor) -> list[ExactSum]:
+    """Return sums of w², vw and v²: |w| < 2^exponent, and v is the level or (asymmetric) the value, below 2^reach."""
+    bits = fineness(format.group_size)
     if format.grid is Grid.ASYMMETRIC:
-        codes = level.clamp_(0, 2**format.bits - 1).to(torch.uint8)
-        sums = _asymmetric_sums(wide, level, scales, bits, exponent, exponents(bound))
-    else:
-        codes, sums = _integer_sums(wide, level, format, bits - exponent)
-    return codes, scales, (absmax, bound, squares, *sums)
+        return [ExactSum(segments, unit - bits) for unit in (2 * exponent, exponent + reach, 2 * reach)]
+    # a level of DoReFa is u - L/2, the half of an odd number: its totals count halves and quarters
+    whole = exponent.new_tensor([-2 if format.grid is Grid.DOREFA else 0])
+    return [ExactSum(segments, unit) for unit in (2 * exponent - bits, exponent + (format.bits - 1 - bits), whole)]
 
 
-def _integer_sums(wide: Tensor, level: Tensor, format: CodeFormat, shift: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Codes and totals where a value is the scale times an integer v: v = 2u - L (DoReFa) or v = q (symmetric)."""
-    if format.grid is Grid.DOREFA:
-        levels, width = 2**format.bits - 1, format.bits
-        codes = level.clamp_(0, levels).to(torch.uint8)
-        level.mul_(2).sub_(levels)
-    else:
-        limit, width = 2 ** (format.bits - 1) - 1, format.bits - 1
-        codes = level.clamp_(-limit, limit).add(limit + 1).to(torch.uint8)
-    norms = level.square().sum(1).to(torch.int64)
-    zeros = (level == 0).sum(1)  # DoReFa has none but for underflow, see _finish
-    dots = exact_total(level.mul_(wide).mul_(power_of_two(shift - width)[:, None]))
-    return codes, (dots, norms, zeros)
+class _Steps:
+    """How the weights of a block become codes."""
 
+    def __init__(self, segments: Segments, format: CodeFormat, scales: Scales, clip: float, packed: Tensor) -> None:
+        self._format, self._clip = format, clip
+        self._rows, self._inverse = segments.rows(packed), segments.across(scales.inverse)
+        affine = (scales.offset, scales.zero_point, scales.scale) if format.grid is Grid.ASYMMETRIC else ()
+        self._affine = [segments.across(values) for values in affine]
 
-def _asymmetric_sums(
-    wide: Tensor, level: Tensor, scales: Scales, bits: int, exponent: Tensor, reach: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Totals over the float32 values (u - zero_point) * scale."""
-    value = level.float().sub_(scales.zero_point[:, None]).mul_(scales.scale[:, None])
-    zeros = (value == 0).sum(1)
-    exact = value.double()
-    dots = exact_total((exact * wide).mul_(power_of_two(bits - exponent - reach)[:, None]))
-    norms = exact_total(exact.square_().mul_(power_of_two(bits - 2 * reach)[:, None]))
-    return dots, norms, zeros
+    def round(self, block: Block) -> None:
+        """Store the codes and leave in ``level`` what stands for the values; see ``_sums``."""
+        format, rows = self._format, self._rows[block.number]
+        level, width, highest = block.level, format.bits, 2**format.bits - 1
+        torch.mul(block.wide, self._inverse[block.number], out=level)
+        if format.grid is Grid.DOREFA:
+            level.add_(highest / 2).round_()
+            if self._clip != 1:  # elsewhere |w| inverse is L/2 or, by its roundings, hardly more: no code is outside
+                level.clamp_(0, highest)
+            block.store(level, width, rows)
+            level.sub_(highest / 2)
+        elif format.grid is Grid.SYMMETRIC:
+            limit = 2 ** (width - 1) - 1
+            level.round_().clamp_(-limit, limit)
+            block.store(level + (limit + 1), width, rows)
+        else:
+            offset, zero_point, scale = (values[block.number] for values in self._affine)
+            level.add_(offset).round_().clamp_(0, highest)
+            block.store(level, width, rows)
+            level.copy_(block.narrow().copy_(level).sub_(zero_point).mul_(scale))
 
 
 def uniform_triton(
@@ -174,7 +189,7 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
     """Turn totals into row statistics: the unit of a total is its grid times the scale of an integer."""
     sums, wide = sums.cpu(), scale.cpu().double()
     require_finite(sums.absmax)
-    bits, exponent = fineness(format.group_size), exponents(sums.absmax)
+    bits, exponent = fineness(format.group_size), sums.exponent
     if format.grid is Grid.ASYMMETRIC:
         reach = exponents(sums.bound)
         units = power_of_two(exponent + reach - bits), power_of_two(2 * reach - bits)
@@ -183,9 +198,8 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
         step = wide / (2**format.bits - 1) if dorefa else wide
         width = format.bits if dorefa else format.bits - 1
         units = step * power_of_two(exponent + width - bits), (step * step).expand_as(exponent)
-    small = (wide <= _UNDERFLOW).any(1).expand(len(codes))
-    if format.grid is Grid.DOREFA and bool(small.any()):
-        zeros = sums.zeros.clone()
+    if format.grid is Grid.DOREFA and bool(wide.amin() <= _UNDERFLOW):
+        small, zeros = (wide <= _UNDERFLOW).any(1).expand(len(codes)), sums.zeros.clone()
         zeros[small] = _underflows(format, codes.cpu()[small], wide if format.layer_wise else wide[small])
         sums = replace(sums, zeros=zeros)
     point = zero_point if format.grid is Grid.ASYMMETRIC else None
@@ -233,28 +247,18 @@ def uniform_reference(
     weight = weight if factor is None else multiplied(weight, factor)
     if weight.numel() == 0:
         return nothing(format, weight)
-    rows, length = weight.shape
-    shared = None
+    (rows, length), shared = weight.shape, None
     if layer_wise:
         extremes = _layer_extremes(row_statistics_reference(weight, length))
         shared = scales_of(clipped(extremes, clip), format)
     packed = torch.empty((rows, format.row_bytes), dtype=torch.uint8, device=weight.device)
-    factors = torch.empty((2, rows, format.groups), device=weight.device)
-    sums = SegmentSums.empty(rows, format.groups, weight.device)
-    for chunk in row_chunks(rows, length):
-        codes = torch.empty((chunk.stop - chunk.start, length), dtype=torch.uint8, device=weight.device)
-        for part in row_parts(length, format.group_size):
-            segments = weight[chunk, part.columns].reshape(-1, part.length).float()
-            u, scales, found = _segment_codes(segments, format, shared, clip)
-            codes[:, part.columns] = u.view(len(codes), -1)
-            sums.put(chunk, part.groups, found)
-            if shared is None:
-                block = factors[:, chunk, part.groups]
-                block.copy_(torch.stack([scales.scale, scales.zero_point]).view(block.shape))
-        packed[chunk] = pack_reference(codes, bits)
-    if shared is not None:
-        factors = torch.stack([shared.scale, shared.zero_point])[:, None]
-    return _finish(format, packed, factors[0], factors[1], sums)
+    factors, sums = [], []
+    for part in row_parts(length, format.group_size):
+        scales, found = _encode(Segments(weight, part), format, shared, clip, packed[:, part.bytes(bits)])
+        factors.append((scales.scale, scales.zero_point))
+        sums.append(found)
+    scale, zero_point = (join_parts(each, 1 if layer_wise else rows) for each in zip(*factors, strict=True))
+    return _finish(format, packed, scale.clone(), zero_point, SegmentSums.joined(sums, rows))
 
 
 def _uniform_format(

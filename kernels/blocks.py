@@ -1,0 +1,148 @@
+"""Segments of a weight, block after block in float64, and exact sums over each: what the references compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .packing import pack_reference
+from .segments import Part
+from .sums import power_of_two
+
+BLOCK = 1 << 16
+"""Elements that a reference works on at a time: what it computes with stays in the second-level cache."""
+SHORT = 32
+"""Elements below which segments lie side by side: torch adds up and scales short rows one by one."""
+
+
+@dataclass
+class Block:
+    """Some segments in float64 and two tensors of the same shape to compute in.
+
+    That shape is [segments, length], or [length, segments] where they are short.
+    """
+
+    wide: Tensor
+    """The weights."""
+    level: Tensor
+    """Room for what stands for each weight."""
+    term: Tensor
+    """Room for the terms of a sum; whatever is added up or stored may overwrite it."""
+    dim: int
+    """The dimension along which a segment lies."""
+    number: int = 0
+    """Which of the blocks it is."""
+
+    @classmethod
+    def within(cls, room: Tensor, shape: torch.Size, dim: int) -> Block:
+        """Return a block of ``shape`` in float64 [3, elements]."""
+        wide, level, term = room[:, : shape.numel()].view(3, *shape).unbind()
+        return cls(wide, level, term, dim)
+
+    def narrow(self) -> Tensor:
+        """Return float32 room of the block's shape; it is ``term``'s."""
+        return self.term.view(torch.float32)[:, : self.term.shape[1]]
+
+    def store(self, codes: Tensor, bits: int, rows: Tensor) -> None:
+        """Pack ``codes``, whole numbers of the block's shape, into the bytes of its ``rows``."""
+        whole = self.term.view(torch.int32)[:, : self.term.shape[1]].copy_(codes)  # bytes are sooner made of these
+        whole = whole if self.dim else whole.T
+        if bits == 8:
+            rows.view(len(rows), -1, whole.shape[1]).copy_(whole.view(len(rows), -1, whole.shape[1]))
+        else:
+            by_row = whole.to(torch.uint8, memory_format=torch.contiguous_format)
+            rows.copy_(pack_reference(by_row.view(len(rows), -1), bits))
+
+
+class Segments:
+    """The segments of a part of a weight's rows, which are taken in blocks of whole rows.
+
+    A number of each segment is a tensor [segments], those of the first row first.
+    """
+
+    def __init__(self, weight: Tensor, part: Part) -> None:
+        self.length = part.length
+        self._weight = weight[:, part.columns]
+        rows, width = self._weight.shape
+        self.count = rows * width // self.length
+        self._rows = min(rows, max(1, BLOCK // width))
+        self._dim = int(self.length >= SHORT)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all blocks; they share their memory, so that nothing of their size is allocated twice."""
+        pieces = self.rows(self._weight)
+        room = torch.empty((3, pieces[0].numel()), dtype=torch.float64, device=self._weight.device)
+        block = None
+        for number, piece in enumerate(pieces):
+            values = piece.reshape(-1, self.length)
+            values = values if self._dim else values.T
+            if block is None or block.wide.shape != values.shape:
+                block = Block.within(room, values.shape, self._dim)
+            block.wide.copy_(values)
+            block.number = number
+            yield block
+
+    def rows(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows of each block of ``values`` [rows, ...]."""
+        return torch.split(values, self._rows)
+
+    def each(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the part of each block of ``values`` [segments]."""
+        return torch.split(values, self._rows * (self.count // len(self._weight)))
+
+    def across(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the same to be broadcast against the blocks; one number stands for all segments."""
+        return tuple(part.unsqueeze(self._dim) for part in self.each(values.expand(self.count)))
+
+    def extremes(self) -> Tensor:
+        """Return float32 [3, segments]: largest magnitude, minimum and maximum."""
+        if self._dim:
+            segments = self._weight.view(len(self._weight), -1, self.length)
+            minimum, maximum = segments.amin(2).flatten().float(), segments.amax(2).flatten().float()
+        else:
+            found = self._weight.new_empty((2, self.count), dtype=torch.float64)
+            least, most = self.each(found[0]), self.each(found[1])
+            for block in self.blocks():
+                torch.amin(block.wide, 0, out=least[block.number])
+                torch.amax(block.wide, 0, out=most[block.number])
+            minimum, maximum = found.float()
+        return torch.stack([torch.maximum(-minimum, maximum).abs(), minimum, maximum])
+
+
+class ExactSum:
+    """Totals over each segment of terms rounded half to even to a multiple of 2^exponent, one exponent a segment.
+
+    A term below 2^(51 + exponent) that is added to 1.5 * 2^(52 + exponent) is rounded so, and the low bits of the sum
+    count the multiples. Bits are added modulo 2^64, so that segments of any length are exact.
+    """
+
+    def __init__(self, segments: Segments, exponent: Tensor) -> None:
+        self._pattern, self._length = power_of_two(exponent + 52).mul_(1.5), segments.length
+        self._found = exponent.new_empty(segments.count)
+        self._across, self._each = segments.across(self._pattern), segments.each(self._found)
+
+    def add(self, block: Block, left: Tensor, right: Tensor) -> None:
+        """Find a block's totals of ``left * right``, which must be exact in float64.
+
+        Then it does not matter whether the processor contracts product and sum: only the sum is rounded.
+        """
+        self._add(block, torch.addcmul(self._across[block.number], left, right, out=block.term))
+
+    def add_magnitudes(self, block: Block) -> None:
+        """Find a block's totals of the weights' magnitudes."""
+        self._add(block, torch.abs(block.wide, out=block.term).add_(self._across[block.number]))
+
+    def _add(self, block: Block, found: Tensor) -> None:
+        torch.sum(found.view(torch.int64), block.dim, out=self._each[block.number])
+
+    def of(self, block: Block) -> Tensor:
+        """Return the multiples, int64 [segments], of the last block."""
+        pattern = self._across[block.number].squeeze(block.dim).view(torch.int64)
+        return self._each[block.number] - pattern * self._length
+
+    def total(self) -> Tensor:
+        """Return the multiples, int64 [segments], of all."""
+        return self._found - self._pattern.view(torch.int64) * self._length
