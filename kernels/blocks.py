@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .packing import pack_reference
 from .segments import Part
-from .sums import power_of_two
 
-BLOCK = 1 << 16
+BLOCK = 3 << 14
 """Elements that a reference works on at a time: what it computes with stays in the second-level cache."""
 SHORT = 32
 """Elements below which segments lie side by side: torch adds up and scales short rows one by one."""
+
+_PATTERN = (2 * (1023 + 52) + 1) << 51
+"""The bits of 1.5 * 2^52."""
 
 
 @dataclass
@@ -36,20 +38,14 @@ class Block:
     number: int = 0
     """Which of the blocks it is."""
 
-    @classmethod
-    def within(cls, room: Tensor, shape: torch.Size, dim: int) -> Block:
-        """Return a block of ``shape`` in float64 [3, elements]."""
-        wide, level, term = room[:, : shape.numel()].view(3, *shape).unbind()
-        return cls(wide, level, term, dim)
-
     def narrow(self) -> Tensor:
         """Return float32 room of the block's shape; it is ``term``'s."""
         return self.term.view(torch.float32)[:, : self.term.shape[1]]
 
     def store(self, codes: Tensor, bits: int, rows: Tensor) -> None:
         """Pack ``codes``, whole numbers of the block's shape, into the bytes of its ``rows``."""
-        whole = self.term.view(torch.int32)[:, : self.term.shape[1]].copy_(codes)  # bytes are sooner made of these
-        whole = whole if self.dim else whole.T
+        # bytes are sooner made of int32 than of float64, but for those whose order changes
+        whole = self.term.view(torch.int32)[:, : self.term.shape[1]].copy_(codes) if self.dim else codes.T
         if bits == 8:
             rows.view(len(rows), -1, whole.shape[1]).copy_(whole.view(len(rows), -1, whole.shape[1]))
         else:
@@ -70,28 +66,36 @@ class Segments:
         self.count = rows * width // self.length
         self._rows = min(rows, max(1, BLOCK // width))
         self._dim = int(self.length >= SHORT)
+        self._room = self._weight.new_empty((3, self._rows * width), dtype=torch.float64)
+        self._only: Block | None = None
 
     def blocks(self) -> Iterator[Block]:
         """Yield all blocks; they share their memory, so that nothing of their size is allocated twice."""
-        pieces = self.rows(self._weight)
-        room = torch.empty((3, pieces[0].numel()), dtype=torch.float64, device=self._weight.device)
+        if self._only is not None:  # it is still there
+            yield self._only
+            return
         block = None
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self.rows(self._weight)):
             values = piece.reshape(-1, self.length)
             values = values if self._dim else values.T
             if block is None or block.wide.shape != values.shape:
-                block = Block.within(room, values.shape, self._dim)
+                wide, level, term = self._room[:, : values.numel()].view(3, *values.shape).unbind()
+                block = Block(wide, level, term, self._dim)
             block.wide.copy_(values)
             block.number = number
             yield block
+        self._only = block if self._rows == len(self._weight) else None
 
     def rows(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of each block of ``values`` [rows, ...]."""
-        return torch.split(values, self._rows)
+        return self._split(values, self._rows)
 
     def each(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the part of each block of ``values`` [segments]."""
-        return torch.split(values, self._rows * (self.count // len(self._weight)))
+        return self._split(values, self._rows * (self.count // len(self._weight)))
+
+    def _split(self, values: Tensor, size: int) -> tuple[Tensor, ...]:
+        return torch.split(values, size) if self._rows < len(self._weight) else (values,)
 
     def across(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the same to be broadcast against the blocks; one number stands for all segments."""
@@ -120,7 +124,7 @@ class ExactSum:
     """
 
     def __init__(self, segments: Segments, exponent: Tensor) -> None:
-        self._pattern, self._length = power_of_two(exponent + 52).mul_(1.5), segments.length
+        self._pattern, self._length = ((exponent << 52) + _PATTERN).view(torch.float64), segments.length
         self._found = exponent.new_empty(segments.count)
         self._across, self._each = segments.across(self._pattern), segments.each(self._found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,7 +137,7 @@ def nothing(format: CodeFormat, weight: Tensor) -> Quantized:
 
 def require_finite(absmax: Tensor) -> None:
     """Raise NonFiniteError where a segment's largest magnitude is NaN or Inf."""
-    if absmax.numel() == 0 or bool(torch.isfinite(absmax.amax())):
+    if absmax.numel() == 0 or math.isfinite(float(absmax.amax())):
         return
     bad = (~torch.isfinite(absmax)).any(1)
     raise NonFiniteError(

@@ -61,8 +61,10 @@ def _encode(
     """Write the codes of ``segments`` to ``packed``; return their scales and the fields of ``SegmentSums``."""
     extremes = segments.extremes()
     scales = scales_of(clipped(extremes, clip), format) if shared is None else shared
-    absmax, bound = extremes[0], extremes[0] + scales.spread
-    squares, dots, norms = _sums(segments, format, exponents(absmax), exponents(bound))
+    absmax, bound = extremes[0], extremes[0]
+    if format.grid is Grid.ASYMMETRIC:
+        bound = absmax + scales.spread
+    squares, dots, norms = _sums(segments, format, absmax, bound)
     zeros = torch.zeros_like(absmax, dtype=torch.float64)
     grid = _Steps(segments, format, scales, clip, packed)
     each = segments.each(zeros)
@@ -76,10 +78,11 @@ def _encode(
     return scales, (absmax, bound, squares.total(), dots.total(), norms.total(), zeros.long())
 
 
-def _sums(segments: Segments, format: CodeFormat, exponent: Tensor, reach: Tensor) -> list[ExactSum]:
-    """Return sums of w², vw and v²: |w| < 2^exponent, and v is the level or (asymmetric) the value, below 2^reach."""
-    bits = fineness(format.group_size)
+def _sums(segments: Segments, format: CodeFormat, absmax: Tensor, bound: Tensor) -> list[ExactSum]:
+    """Return sums of w², vw and v², where v is the level or, on the asymmetric grid, the value, of |v| <= ``bound``."""
+    bits, exponent = fineness(format.group_size), exponents(absmax)
     if format.grid is Grid.ASYMMETRIC:
+        reach = exponents(bound)
         return [ExactSum(segments, unit - bits) for unit in (2 * exponent, exponent + reach, 2 * reach)]
     # a level of DoReFa is u - L/2, the half of an odd number: its totals count halves and quarters
     whole = exponent.new_tensor([-2 if format.grid is Grid.DOREFA else 0])
