@@ -30,6 +30,8 @@ _BATCH_S = 0.25
 """Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds."""
 _SLOW = 10e6
 """Bytes a second of the slowest disk or server that is not taken for a dead one."""
+_STALL_S = 3.0
+"""Seconds for which a busy disk may answer nothing at all, however few the bytes."""
 BROKEN = 71
 """Exit code of a worker whose finisher failed in a way that it should not."""
 
@@ -61,7 +63,7 @@ class Finisher:
     @contextmanager
     def bringing(self, size: int) -> Iterator[None]:
         """Bring ``size`` bytes to the disk inside, which may take long and show no sign of it. Called by steps."""
-        self._writes_until = time.monotonic() + size / _SLOW
+        self._writes_until = time.monotonic() + _STALL_S + size / _SLOW
         try:
             yield
         finally:

@@ -91,7 +91,8 @@ class Prefetcher:
         ahead.ended.wait()
         if ahead.error is not None:
             raise ahead.error
-        return self._read_now(source) if ahead.files is None else ahead.files
+        files, ahead.files = ahead.files, None  # the thread that read them may end a little later
+        return self._read_now(source) if files is None else files
 
     def close(self) -> None:
         """End the reading ahead; nothing is wanted from here on."""
