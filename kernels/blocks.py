@@ -42,15 +42,24 @@ class Block:
         """Return float32 room of the block's shape; it is ``term``'s."""
         return self.term.view(torch.float32)[:, : self.term.shape[1]]
 
-    def store(self, codes: Tensor, bits: int, rows: Tensor) -> None:
-        """Pack ``codes``, whole numbers of the block's shape, into the bytes of its ``rows``."""
+    def sum_to(self, found: Tensor, terms: Tensor) -> None:
+        """Add ``terms`` up along the segments."""
+        torch.sum(terms, self.dim, out=found)
+
+    def store(self, codes: Tensor, offset: int, bits: int, rows: Tensor) -> None:
+        """Pack whole numbers of the block's shape, plus ``offset``, into the bytes of its ``rows``."""
         # bytes are sooner made of int32 than of float64, but for those whose order changes
-        whole = self.term.view(torch.int32)[:, : self.term.shape[1]].copy_(codes) if self.dim else codes.T
+        room = self.term.view(torch.int32)[:, : self.term.shape[1]]
+        whole = room.copy_(codes) if self.dim else (codes + offset).T
         if bits == 8:
-            rows.view(len(rows), -1, whole.shape[1]).copy_(whole.view(len(rows), -1, whole.shape[1]))
+            target = rows.view(len(rows), -1, whole.shape[1])
+            target.copy_(whole.view(target.shape))
         else:
-            by_row = whole.to(torch.uint8, memory_format=torch.contiguous_format)
-            rows.copy_(pack_reference(by_row.view(len(rows), -1), bits))
+            target = whole.to(torch.uint8, memory_format=torch.contiguous_format)
+        if offset and self.dim:
+            target.add_(offset)  # modulo 2^8, so that what was below zero comes out right
+        if bits < 8:
+            rows.copy_(pack_reference(target.view(len(rows), -1), bits))
 
 
 class Segments:
@@ -135,12 +144,12 @@ class ExactSum:
         """
         self._add(block, torch.addcmul(self._across[block.number], left, right, out=block.term))
 
-    def add_magnitudes(self, block: Block) -> None:
-        """Find a block's totals of the weights' magnitudes."""
-        self._add(block, torch.abs(block.wide, out=block.term).add_(self._across[block.number]))
+    def add_terms(self, block: Block, terms: Tensor) -> None:
+        """Find a block's totals of ``terms``."""
+        self._add(block, torch.add(terms, self._across[block.number], out=block.term))
 
     def _add(self, block: Block, found: Tensor) -> None:
-        torch.sum(found.view(torch.int64), block.dim, out=self._each[block.number])
+        block.sum_to(self._each[block.number], found.view(torch.int64))
 
     def of(self, block: Block) -> Tensor:
         """Return the multiples, int64 [segments], of the last block."""

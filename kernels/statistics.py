@@ -64,7 +64,7 @@ def _segment_totals(segments: Segments, bits: int) -> tuple[Tensor, ...]:
     exponent = exponents(extremes[0])
     magnitudes, squares = ExactSum(segments, exponent - bits), ExactSum(segments, 2 * exponent - bits)
     for block in segments.blocks():
-        magnitudes.add_magnitudes(block)
+        magnitudes.add_terms(block, torch.abs(block.wide, out=block.level))
         squares.add(block, block.wide, block.wide)
     return *extremes, magnitudes.total(), squares.total()
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .blocks import Block, ExactSum, Segments
+from .blocks import ExactSum, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .optimum import optimal_thresholds
@@ -41,28 +41,26 @@ def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor)
     absmax = segments.extremes()[0]
     unit = exponents(absmax) - bits
     squares, magnitudes, kept = (ExactSum(segments, grid) for grid in (2 * unit + bits, unit, unit))
-    count, rows = ExactSum(segments, unit.new_zeros(1)), segments.rows(packed)
-    steps, thresholds = segments.each(power_of_two(unit)), () if given is None else segments.across(given.double())
+    number = torch.zeros_like(absmax, dtype=torch.float64)
+    numbers, rows, steps = segments.each(number), segments.rows(packed), segments.each(power_of_two(unit))
+    thresholds = () if given is None else segments.across(given.double())
     for block in segments.blocks():
         squares.add(block, block.wide, block.wide)
+        magnitude = torch.abs(block.wide, out=block.level)
         if given is None:
-            magnitudes.add_magnitudes(block)
-            mean = _threshold(magnitudes.of(block) * steps[block.number], segments.length)
-            _signs(block, mean.double().unsqueeze(block.dim), rows[block.number])
+            magnitudes.add_terms(block, magnitude)
+            threshold = _threshold(magnitudes.of(block) * steps[block.number], segments.length)
+            threshold = threshold.double().unsqueeze(block.dim)
         else:
-            _signs(block, thresholds[block.number], rows[block.number])
-        kept.add(block, block.wide, block.level)
-        count.add(block, block.level, block.level)
-    number = count.total()
-    return absmax, absmax, squares.total(), kept.total(), number, segments.length - number
-
-
-def _signs(block: Block, threshold: Tensor, rows: Tensor) -> None:
-    """Store the codes and leave in ``level`` the signs of weights beyond ``threshold``, float64, and zeros."""
-    # comparisons that write numbers are much faster than those that write booleans
-    torch.gt(block.wide, threshold, out=block.level).add_(torch.ge(block.wide, -threshold, out=block.term))
-    block.store(block.level, 2, rows)
-    block.level.sub_(1)
+            threshold = thresholds[block.number]
+        # a comparison that writes numbers is much faster than one that writes booleans
+        beyond = torch.gt(magnitude, threshold, out=block.level)
+        block.sum_to(numbers[block.number], beyond)
+        sign = beyond.mul_(torch.sign(block.wide, out=block.term))
+        block.store(sign, 1, 2, rows[block.number])
+        kept.add(block, block.wide, sign)
+    count = number.long()
+    return absmax, absmax, squares.total(), kept.total(), count, segments.length - count
 
 
 def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:

@@ -74,7 +74,7 @@ def _encode(
         dots.add(block, block.level, block.wide)
         norms.add(block, block.level, block.level)
         if format.grid is not Grid.DOREFA:  # whose levels are halves; see _finish
-            torch.sum(torch.eq(block.level, 0, out=block.term), block.dim, out=each[block.number])
+            block.sum_to(each[block.number], torch.eq(block.level, 0, out=block.term))
     return scales, (absmax, bound, squares.total(), dots.total(), norms.total(), zeros.long())
 
 
@@ -107,16 +107,16 @@ class _Steps:
             level.add_(highest / 2).round_()
             if self._clip != 1:  # elsewhere |w| inverse is L/2 or, by its roundings, hardly more: no code is outside
                 level.clamp_(0, highest)
-            block.store(level, width, rows)
+            block.store(level, 0, width, rows)
             level.sub_(highest / 2)
         elif format.grid is Grid.SYMMETRIC:
             limit = 2 ** (width - 1) - 1
             level.round_().clamp_(-limit, limit)
-            block.store(level + (limit + 1), width, rows)
+            block.store(level, limit + 1, width, rows)
         else:
             offset, zero_point, scale = (values[block.number] for values in self._affine)
             level.add_(offset).round_().clamp_(0, highest)
-            block.store(level, width, rows)
+            block.store(level, 0, width, rows)
             level.copy_(block.narrow().copy_(level).sub_(zero_point).mul_(scale))
 
 
