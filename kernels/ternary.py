@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .blocks import ExactSum, Segments
+from .blocks import Block, ExactSum, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .optimum import optimal_thresholds
@@ -48,9 +48,7 @@ def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor)
         squares.add(block, block.wide, block.wide)
         magnitude = torch.abs(block.wide, out=block.level)
         if given is None:
-            magnitudes.add_terms(block, magnitude)
-            threshold = _threshold(magnitudes.of(block) * steps[block.number], segments.length)
-            threshold = threshold.double().unsqueeze(block.dim)
+            threshold = _twn_threshold(block, magnitudes, steps[block.number])
         else:
             threshold = thresholds[block.number]
         # a comparison that writes numbers is much faster than one that writes booleans
@@ -61,6 +59,13 @@ def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor)
         kept.add(block, block.wide, sign)
     count = number.long()
     return absmax, absmax, squares.total(), kept.total(), count, segments.length - count
+
+
+def _twn_threshold(block: Block, magnitudes: ExactSum, step: Tensor) -> Tensor:
+    """Return the float64 threshold of the magnitudes in ``level``; what ``magnitudes`` counts is worth ``step``."""
+    magnitudes.add_terms(block, block.level)
+    found = _threshold(magnitudes.of(block) * step, block.level.shape[block.dim])
+    return found.double().unsqueeze(block.dim)
 
 
 def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
