@@ -99,16 +99,16 @@ class Segments:
         """Return the rows of each block of ``values`` [rows, ...]."""
         return self._split(values, self._rows)
 
-    def each(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the part of each block of ``values`` [segments]."""
-        return self._split(values, self._rows * (self.count // len(self._weight)))
-
-    def _split(self, values: Tensor, size: int) -> tuple[Tensor, ...]:
-        return torch.split(values, size) if self._rows < len(self._weight) else (values,)
+    def each(self, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Return the part of each block of ``values``, whose dimension ``dim`` is [segments]."""
+        return self._split(values, self._rows * (self.count // len(self._weight)), dim)
 
     def across(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the same to be broadcast against the blocks; one number stands for all segments."""
-        return tuple(part.unsqueeze(self._dim) for part in self.each(values.expand(self.count)))
+        """Return the same of [segments] to be broadcast against the blocks; one number stands for all segments."""
+        return self.each(values.expand(self.count).unsqueeze(self._dim), 1 - self._dim)
+
+    def _split(self, values: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+        return torch.split(values, size, dim) if self._rows < len(self._weight) else (values,)
 
     def extremes(self) -> Tensor:
         """Return float32 [3, segments]: largest magnitude, minimum and maximum."""
