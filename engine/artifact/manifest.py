@@ -142,32 +142,41 @@ def read_manifest(folder: Path) -> Manifest:
     Raises ArtifactError where it is missing, unreadable, of another format version or not valid.
     """
     path = folder / MANIFEST
-    fields = _read_json(path)
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: format version {version!r}; this dfmpc reads {FORMAT_VERSION}: use the dfmpc that wrote it"
-        )
+    content = _content(path)
     try:
-        return Manifest.model_validate(fields)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"{path}: {where}: {first['msg']}, got {first['input']!r:.80}; the file was altered, run the job again"
-        ) from error
+        raise ArtifactError(_unusable(path, content, error)) from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(_of_another_version(path, manifest.format_version))
+    return manifest
 
 
-def _read_json(path: Path) -> object:
+def _content(path: Path) -> bytes:
     try:
-        parsed: object = from_json(path.read_bytes())
-        return parsed
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing, so {path.parent} is no finished artifact; run the job again") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); the file was altered, run the job again") from error
+
+
+def _unusable(path: Path, content: bytes, error: ValidationError) -> str:
+    """Say why ``content`` is no manifest of this version: what another version looks like is not known."""
+    try:
+        fields = from_json(content)
+    except ValueError as syntax:
+        return f"{path}: not JSON ({syntax}); the file was altered, run the job again"
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        return _of_another_version(path, version)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{path}: {where}: {first['msg']}, got {first['input']!r:.80}; the file was altered, run the job again"
+
+
+def _of_another_version(path: Path, version: object) -> str:
+    return f"{path}: format version {version!r}; this dfmpc reads {FORMAT_VERSION}: use the dfmpc that wrote it"
 
 
 def file_findings(folder: Path, manifest: Manifest) -> list[str]:

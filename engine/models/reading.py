@@ -150,6 +150,7 @@ class _Crew:
         self, files: Sequence[_OpenFile], progress: Callable[[int], None] | None, stop: threading.Event | None
     ) -> None:
         self._queue = deque((file, number) for file in files for number in range(len(file.digests)))
+        self._scratch_bytes = _SLICE_BYTES if any(file.data is None for file in files) else 0
         self._progress, self._stop = progress, stop
         self._failures: list[Exception] = []
         self._over = False
@@ -176,7 +177,7 @@ class _Crew:
             raise self._failures[0]
 
     def _serve(self) -> None:
-        scratch = bytearray(_SLICE_BYTES if self._queue else 0)
+        scratch = bytearray(self._scratch_bytes)  # cleared under the interpreter's lock, as long as a small file takes
         try:
             while (work := self._next()) is not None:
                 file, number = work
