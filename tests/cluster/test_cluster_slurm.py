@@ -75,6 +75,14 @@ def _until(what: str, done: Callable[[], bool]) -> None:
         threading.Event().wait(0.2)
 
 
+def _start_now(element: str) -> None:
+    subprocess.run(
+        ["scontrol", "update", f"JobId={element}", "StartTime=now"],
+        capture_output=True,
+        check=False,
+    )
+
+
 @dataclass(frozen=True)
 class Slurm:
     """Two nodes of two fake GPUs each."""
@@ -104,17 +112,19 @@ class Slurm:
         return Element(state, int(restarts), int(code), node[1] if node else "")
 
     def wait(self, array: str, count: int) -> list[Element]:
-        """Return the elements once all have ended; a requeued one need not wait until its credentials expire."""
+        """Return the elements once all have ended; a requeued one need not wait until its credentials expire.
+
+        But for two seconds: those of the start before are revoked by whole seconds, and a start in the same one fails.
+        """
+        requeued: dict[tuple[int, int], float] = {}
 
         def ended() -> bool:
             for number in range(count):
                 found = self.element(array, number)
                 if found.state == "PENDING" and found.restarts:
-                    subprocess.run(
-                        ["scontrol", "update", f"JobId={array}_{number}", "StartTime=now"],
-                        capture_output=True,
-                        check=False,
-                    )
+                    since = requeued.setdefault((number, found.restarts), time.monotonic())
+                    if time.monotonic() >= since + 2:
+                        _start_now(f"{array}_{number}")
                 if found.state not in ENDED:
                     return False
             return True
