@@ -66,9 +66,17 @@ def entries_of(run: RunFolder) -> list[Entry]:
 
 
 def _seconds_by_key(run: RunFolder) -> dict[str, float]:
-    """Return how long each artifact of the store took; of several makings the newest counts."""
-    made = [row for other in run.store.run_folders() for row in read_models(other.path) if row.status == "done"]
+    """Return how long each artifact of the store took, where a report says; of several makings the newest counts."""
+    made = [row for other in run.store.run_folders() for row in _readable(other) if row.status == "done"]
     return {row.key: row.compress_s for row in made if row.key is not None and row.compress_s is not None}
+
+
+def _readable(run: RunFolder) -> list[ModelRow]:
+    """Return the rows of another run than the one asked for; none where an earlier dfmpc wrote its report."""
+    try:
+        return read_models(run.path)
+    except UsageError:
+        return []
 
 
 def _entry(run: RunFolder, task: Task, row: ModelRow | None, seconds: dict[str, float]) -> Entry:

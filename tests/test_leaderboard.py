@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from dfmpc.errors import CheckpointError
+from dfmpc.errors import CheckpointError, UsageError
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.job.schema import Job
@@ -119,6 +120,18 @@ def test_a_reused_artifact_keeps_the_seconds_of_its_making(leaderboard: ModuleTy
         (run.run_id, None),
         (run.run_id, None),
     ]
+
+
+def test_a_report_of_an_earlier_version_beside_it_is_no_obstacle(leaderboard: ModuleType, bench: Any) -> None:
+    first = first_night(bench)
+    (part,) = {file.parent for file in first.path.glob("report/models/*.parquet")}
+    pq.write_table(pa.table({"task": ["a"]}), part / "0-earlier.parquet")
+    again = new_run(bench)
+    write_part(again.path, finished(again, 0, "reused"), [], "a1")
+    entry, *_ = leaderboard.entries_of(again)
+    assert (entry.status, entry.compress_s) == ("reused", None)
+    with pytest.raises(UsageError, match="schema version none"):
+        leaderboard.entries_of(first)
 
 
 def test_a_page_keeps_its_text_around_the_tables(

@@ -7,6 +7,7 @@ own: Ctrl-C reaches the scheduler alone, and one signal reaches whatever the wor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,13 +64,9 @@ class Boot:
 
     def discard(self) -> None:
         """End it without its having been a worker; one that SIGKILL does not end is left behind."""
-        try:
-            self.process.kill()
+        self.process.kill()
+        with self.connection, contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(DIE_S)
-        except subprocess.TimeoutExpired:
-            return
-        finally:
-            self.connection.close()
 
 
 class WorkerProcess:
