@@ -51,6 +51,22 @@ class CodeFormat:
 
 
 @dataclass(frozen=True)
+class TapSums:
+    """What is summed over the taps of every input channel, both float64 [rows, length // taps]."""
+
+    sums: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class TapSumsOfBoth:
+    """Tap sums of a weight and of what its codes stand for, on the CPU."""
+
+    original: TapSums
+    quantized: TapSums
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Packed codes of a [rows, length] weight with the row statistics that compensation and reports need."""
 
@@ -69,3 +85,5 @@ class Quantized:
     """float64 [rows] on the CPU: the squared norm of the original row."""
     zeros: Tensor
     """int64 [rows] on the CPU: how many quantized values are exactly zero."""
+    taps: TapSumsOfBoth | None = None
+    """Only where they were asked for."""

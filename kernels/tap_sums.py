@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ._triton import jit, tl
+from .dequantize import dequantize
+from .formats import Quantized, TapSums, TapSumsOfBoth
 from .launch import launch_shape, on_device, use_triton
 from .segments import check_weight, row_chunks
 
 
-@dataclass(frozen=True)
-class TapSums:
-    """Both are float64 [rows, length // taps]."""
-
-    sums: Tensor
-    squares: Tensor
-
-
-def _check_taps(weight: Tensor, taps: int) -> None:
+def check_taps(weight: Tensor, taps: int) -> None:
+    """Raise ValueError unless ``weight`` is a floating [rows, length] and ``taps`` divides its length."""
     check_weight(weight, weight.shape[-1])
     if taps < 1 or weight.shape[1] % taps:
         raise ValueError(f"taps is {taps} for rows of {weight.shape[1]}; it must divide them")
@@ -32,11 +25,11 @@ def tap_sums_reference(weight: Tensor, taps: int) -> TapSums:
     Raises:
         ValueError: the weight's shape or type cannot be used, or ``taps`` does not divide the length.
     """
-    _check_taps(weight, taps)
+    check_taps(weight, taps)
     rows, length = weight.shape
     sums = torch.zeros((rows, length // taps), dtype=torch.float64, device=weight.device)
     squares = torch.zeros_like(sums)
-    for chunk in row_chunks(rows, length):
+    for chunk in row_chunks(rows, length) if length else ():
         columns = weight[chunk].reshape(-1, length // taps, taps).permute(2, 0, 1).double()
         for column in columns.contiguous():
             sums[chunk] += column
@@ -73,7 +66,7 @@ def tap_sums_kernel(
 
 def tap_sums_triton(weight: Tensor, taps: int) -> TapSums:
     """Launch the kernel; see ``tap_sums_reference``."""
-    _check_taps(weight, taps)
+    check_taps(weight, taps)
     weight = weight.contiguous()
     rows, channels = weight.shape[0], weight.shape[1] // taps
     sums, squares = torch.empty((2, rows, channels), dtype=torch.float64, device=weight.device).unbind()
@@ -98,3 +91,18 @@ def tap_sums_triton(weight: Tensor, taps: int) -> TapSums:
 def tap_sums(weight: Tensor, taps: int) -> TapSums:
     """Sum over taps; see ``tap_sums_reference``."""
     return tap_sums_triton(weight, taps) if use_triton(weight) else tap_sums_reference(weight, taps)
+
+
+def tap_sums_of_both(weight: Tensor, quantized: Quantized, taps: int) -> TapSumsOfBoth:
+    """Return the tap sums of ``weight`` [rows, length] and of the values of its codes, by passes of their own.
+
+    Raises:
+        ValueError: the weight's shape or type cannot be used, or ``taps`` does not divide the length.
+    """
+    original = tap_sums(weight, taps)
+    values = dequantize(quantized.format, quantized.codes, quantized.scale, quantized.zero_point, torch.float32)
+    return TapSumsOfBoth(_on_cpu(original), _on_cpu(tap_sums(values, taps)))
+
+
+def _on_cpu(found: TapSums) -> TapSums:
+    return TapSums(found.sums.cpu(), found.squares.cpu())

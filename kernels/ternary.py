@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +16,8 @@ from .segments import SegmentSums, code_format, finish, nothing, require_finite,
 from .statistics import row_statistics_reference, statistics_batch
 from .sums import exponents, fineness, power_of_two, tree_sum
 from .table import Batch
+from .tap_sums import check_taps
+from .tapped import TappedLaunch, with_taps
 from .ternary_kernel import ternary_kernel
 
 Rule = Literal["twn", "exact"]
@@ -68,14 +71,24 @@ def _twn_threshold(block: Block, magnitudes: ExactSum, step: Tensor) -> Tensor:
     return found.double().unsqueeze(block.dim)
 
 
-def ternary_triton(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
+def ternary_triton(
+    weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn", taps: int = 0
+) -> Quantized:
     """Launch the kernel on one tensor; see ``ternary_reference``."""
-    format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
-    return ternary_batch(Batch.of(weight, format), rule)[0] if weight.numel() else nothing(format, weight)
+    format = _format(weight, group_size, layer_wise, taps)
+    if weight.numel() == 0:
+        return with_taps(nothing(format, weight), weight, taps)
+    return ternary_batch(Batch.of(weight, format), rule, [taps])[0]
 
 
-def ternary_batch(batch: Batch, rule: Rule = "twn") -> list[Quantized]:
-    """Launch the kernel once over all tensors of ``batch``; see ``ternary_reference``."""
+def _format(weight: Tensor, group_size: int, layer_wise: bool, taps: int) -> CodeFormat:
+    if taps:
+        check_taps(weight, taps)
+    return code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
+
+
+def ternary_batch(batch: Batch, rule: Rule = "twn", taps: Sequence[int] = ()) -> list[Quantized]:
+    """Launch the kernel once over all tensors of ``batch``, each with its ``taps``; see ``ternary_reference``."""
     layer_wise = batch.entries[0].format.layer_wise
     packed, absmax, count = batch.flat_bytes(), batch.flat(torch.float32), batch.flat(torch.int32)
     squares, kept = batch.flat(torch.int64), batch.flat(torch.int64)
@@ -84,15 +97,15 @@ def ternary_batch(batch: Batch, rule: Rule = "twn") -> list[Quantized]:
     if rule == "exact":
         threshold = torch.cat([optimal_thresholds(entry.weight, entry.format).flatten() for entry in batch.entries])
         given = "tensor" if layer_wise else "segment"
-    outputs = (packed, absmax, squares, kept, count)
-    batch.launch(ternary_kernel, threshold, *outputs, GIVEN=given, FINENESS=batch.fineness)
+    outputs, tapped = (packed, absmax, squares, kept, count), TappedLaunch(batch, taps)
+    batch.launch(ternary_kernel, threshold, *outputs, GIVEN=given, FINENESS=batch.fineness, **tapped.arguments())
     sums = [found.cpu() for found in outputs[1:]]
     found = []
     for entry in batch.entries:
         absmax, squares, kept, count = map(entry.segmented, sums)
         totals = SegmentSums(absmax, absmax, squares, kept, count.long(), segment_sizes(entry.format) - count)
         found.append(_finish(entry.format, entry.packed(packed), totals))
-    return found
+    return tapped.added(batch.entries, found)
 
 
 def _layer_thresholds(batch: Batch) -> Tensor:
@@ -119,20 +132,23 @@ def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
     return finish(format, codes, scale.to(codes.device), None, sums, dot_unit=dot_unit, norm_unit=norm_unit)
 
 
-def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
+def ternary_reference(
+    weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn", taps: int = 0
+) -> Quantized:
     """Quantize ``weight`` (float32, float16 or bfloat16 [rows, length]) to {-1, 0, 1} times a scale.
 
     A segment's threshold is float32(0.7 * mean|w|); weights strictly above it keep their sign; the scale is the mean
     magnitude of those kept, 0 where there are none. ``layer_wise`` takes one threshold and scale for the whole tensor.
-    The ``rule`` "exact" takes the threshold of least squared error instead (optimum.py).
+    The ``rule`` "exact" takes the threshold of least squared error instead (optimum.py). ``taps`` asks for the sums
+    over each run of so many neighbours too, of the weight and of what its codes stand for.
 
     Raises:
-        ValueError: the weight's shape or type or the group size cannot be used.
+        ValueError: the weight's shape or type or the group size cannot be used, or ``taps`` does not divide the length.
         NonFiniteError: the weight holds NaN or Inf.
     """
-    format = code_format(weight, Grid.TERNARY, 2, group_size, layer_wise)
+    format = _format(weight, group_size, layer_wise, taps)
     if weight.numel() == 0:
-        return nothing(format, weight)
+        return with_taps(nothing(format, weight), weight, taps)
     (rows, length), threshold = weight.shape, None
     if rule == "exact":
         threshold = optimal_thresholds(weight, format)
@@ -146,10 +162,12 @@ def ternary_reference(weight: Tensor, *, group_size: int, layer_wise: bool = Fal
         given = None if threshold is None else threshold[:, part.groups].flatten()
         segments = Segments(weight, part)
         found.append(_encode(segments, fineness(format.group_size), given, packed[:, part.bytes(2)]))
-    return _finish(format, packed, SegmentSums.joined(found, rows))
+    return with_taps(_finish(format, packed, SegmentSums.joined(found, rows)), weight, taps)
 
 
-def ternary(weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn") -> Quantized:
+def ternary(
+    weight: Tensor, *, group_size: int, layer_wise: bool = False, rule: Rule = "twn", taps: int = 0
+) -> Quantized:
     """Quantize to ternary codes; see ``ternary_reference``."""
     run = ternary_triton if use_triton(weight) else ternary_reference
-    return run(weight, group_size=group_size, layer_wise=layer_wise, rule=rule)
+    return run(weight, group_size=group_size, layer_wise=layer_wise, rule=rule, taps=taps)

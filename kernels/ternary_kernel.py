@@ -34,10 +34,17 @@ def ternary_kernel(
     DTYPE: tl.constexpr,
     KINDS: tl.constexpr,
     WARPS: tl.constexpr,
+    TAPPED: tl.constexpr = False,
+    taps_ptr: tl.tensor = None,
+    tap_sum_ptr: tl.tensor = None,
+    tap_square_ptr: tl.tensor = None,
+    tap_sign_ptr: tl.tensor = None,
+    tap_kept_ptr: tl.tensor = None,
 ) -> None:
     """Codes t + 1 with t = sign(w) where |w| > threshold, else 0; totals of w² and of the kept |w|, and their count.
 
-    The threshold is float32(0.7 mean|w|) of the segment, or GIVEN: "tensor", one a tensor, or "segment".
+    The threshold is float32(0.7 mean|w|) of the segment, or GIVEN: "tensor", one a tensor, or "segment". TAPPED: the
+    sums over taps too, of tensors whose ``taps_ptr`` (int64 [tensors, 2]: taps or 0, first place of its sums) asks.
     """
     item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
     for k in tl.static_range(len(KINDS)):
@@ -60,6 +67,12 @@ def ternary_kernel(
                 KINDS[k] // 64 % 64,
                 KINDS[k] // 2 % 2 == 1,
                 KINDS[k] % 2 == 1,
+                TAPPED,
+                taps_ptr,
+                tap_sum_ptr,
+                tap_square_ptr,
+                tap_sign_ptr,
+                tap_kept_ptr,
             )
 
 
@@ -82,6 +95,12 @@ def _ternary_tile(
     NC: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
+    TAPPED: tl.constexpr,
+    taps_ptr: tl.tensor,
+    tap_sum_ptr: tl.tensor,
+    tap_square_ptr: tl.tensor,
+    tap_sign_ptr: tl.tensor,
+    tap_kept_ptr: tl.tensor,
 ) -> None:
     """One read where the tile holds the segments; else three passes, of which the later ones find them in a cache."""
     STEP: tl.constexpr = NC * T * V
@@ -139,6 +158,69 @@ def _ternary_tile(
     tl.store(square_ptr + o_output, without_pattern(b_squares, steps * STEP), mask=m_row)
     tl.store(kept_ptr + o_output, without_pattern(b_keep, steps * STEP), mask=m_row)
     tl.store(count_ptr + o_output, b_counts, mask=m_row)
+    if TAPPED:
+        _store_taps(
+            item_ptr,
+            i_tile,
+            here,
+            m_row,
+            count,
+            b_threshold,
+            taps_ptr,
+            tap_sum_ptr,
+            tap_square_ptr,
+            tap_sign_ptr,
+            tap_kept_ptr,
+            ROWS,
+            T,
+        )
+
+
+@jit
+def _store_taps(
+    item_ptr: tl.tensor,
+    i_tile: tl.tensor,
+    here: tl.tensor,
+    m_row: tl.tensor,
+    count: tl.tensor,
+    b_threshold: tl.tensor,
+    taps_ptr: tl.tensor,
+    tap_sum_ptr: tl.tensor,
+    tap_square_ptr: tl.tensor,
+    tap_sign_ptr: tl.tensor,
+    tap_kept_ptr: tl.tensor,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+) -> None:
+    """Of rows of one segment, for every channel: Σ_t w and Σ_t w² (t in order), the sum of the kept signs, their count.
+
+    A thread a channel, [ROWS, T] at a time: the rows are in the nearest cache, from the passes before.
+    """
+    taps = tl.load(taps_ptr + 2 * tl.load(item_ptr + 8)).to(tl.int32)
+    channels = tl.where(taps > 0, count // tl.maximum(taps, 1), 0)
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    row_ptr = tl.load(item_ptr).to(here.dtype) + (o_row * tl.load(item_ptr + 1))[:, None]
+    o_taps = tl.load(taps_ptr + 2 * tl.load(item_ptr + 8) + 1) + o_row * channels
+    for first in range(0, channels, T):
+        o_channel = first + tl.arange(0, T)
+        mask = m_row[:, None] & (o_channel < channels)[None, :]
+        b_sum = tl.zeros((ROWS, T), dtype=tl.float64)
+        b_square = tl.zeros((ROWS, T), dtype=tl.float64)
+        b_sign = tl.zeros((ROWS, T), dtype=tl.int32)
+        b_kept = tl.zeros((ROWS, T), dtype=tl.int32)
+        for t in range(taps):
+            b_w = tl.load(row_ptr + (o_channel * taps + t)[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_wide = b_w.to(tl.float64)
+            b_sum += b_wide
+            b_square += b_wide * b_wide
+            b_above = (tl.abs(b_w) > b_threshold[:, None]).to(tl.int32)
+            b_kept += b_above
+            b_sign += tl.where(b_w < 0, -b_above, b_above)
+        o_here = o_taps[:, None] + o_channel[None, :]
+        tl.store(tap_sum_ptr + o_here, b_sum, mask=mask)
+        tl.store(tap_square_ptr + o_here, b_square, mask=mask)
+        tl.store(tap_sign_ptr + o_here, b_sign.to(tl.int16), mask=mask)
+        tl.store(tap_kept_ptr + o_here, b_kept.to(tl.int16), mask=mask)
 
 
 @jit
