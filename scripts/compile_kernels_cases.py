@@ -31,6 +31,14 @@ _OTHER = {
     "start": "*i64",
     "taps": "*i32",
 }
+_TAPPED = {
+    "taps_ptr": "*i64",
+    "tap_sum_ptr": "*fp64",
+    "tap_square_ptr": "*fp64",
+    "tap_sign_ptr": "*i16",
+    "tap_kept_ptr": "*i16",
+}
+_UNTAPPED = {"TAPPED": False} | dict.fromkeys(_TAPPED)
 _FLOAT64 = ("vector", "lambda", "c", "rho", "mean", "variance")
 
 
@@ -181,9 +189,9 @@ def cases(weight: str) -> Iterator[Case]:
     weights = {"weight_ptr": f"*{weight}"}
     fine = {"FINENESS": 40}
     yield Case("statistics", statistics_kernel, fine, weights, segment_bytes=28)
-    yield Case(
-        "ternary", ternary_kernel, fine | {"GIVEN": "", "LAYER_WISE": False}, weights, written=0.25, segment_bytes=24
-    )
+    twn = fine | {"GIVEN": ""}
+    yield Case("ternary", ternary_kernel, twn | _UNTAPPED, weights, written=0.25, segment_bytes=24)
+    yield Case("tapped ternary", ternary_kernel, twn | {"TAPPED": True}, _TAPPED, written=0.25, segment_bytes=24)
     for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
         constants = {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
         yield Case(
