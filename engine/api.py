@@ -12,13 +12,13 @@ from torch import nn
 from .compress.compress import compress_model
 from .compress.result import Compressed
 from .errors import NonFiniteError, UsageError
-from .job.expand import ModelSource
 from .job.loader import load_job
 from .job.plan import plan_from
+from .job.sources import ModelSource
 from .models.capture import capture_program, export_program
 from .models.factory import AllowList
 from .models.load import LoadedModel
-from .run.scheduler import RunOptions, RunSummary, run_job
+from .run.begin import RunOptions, RunSummary, run_job
 
 
 def run(job: str | Path, *, output: str | None = None, **options: Any) -> RunSummary:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .compress.budget.choose import SizedPoint
     from .run.bit_choices import BitChoices, ChosenBits
     from .run.plan import Plan
-    from .run.scheduler import RunSummary
     from .run.status import RunStatus
     from .run.store import RunFolder
+    from .run.summary import RunSummary
 
 _MIB = 2**20
 

@@ -31,8 +31,9 @@ from dfmpc.artifact.commit import commit, new_attempt
 from dfmpc.artifact.key import task_key
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from dfmpc.run.worker.memory import peak_bytes

@@ -25,9 +25,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the product's workers; re
 import torch
 import yaml
 from dfmpc.compress.compress import compress_model
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.methods import DfmpcPlan
 from dfmpc.job.schema import Preprocess
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from dfmpc.run.worker.memory import peak_bytes

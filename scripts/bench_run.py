@@ -27,8 +27,9 @@ from pathlib import Path
 import yaml
 from bench_run_table import Bench, CaseRuns, Yardstick, machine_now, render
 from dfmpc.errors import DfmpcError
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.loader import LoadedJob, load_job
+from dfmpc.job.task import Task
 from file_yardsticks import drop_from_cache, seconds_of
 from run_measuring import RunFailedError, RunFigures, measure_run
 

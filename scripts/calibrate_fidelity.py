@@ -33,8 +33,8 @@ from dfmpc.evaluate.images import ImageSet, batches, read_images
 from dfmpc.evaluate.noise import noise_images
 from dfmpc.evaluate.settings import is_large, synthetic_count
 from dfmpc.evaluate.synthetic import fidelity_images
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.schema import Preprocess
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from dfmpc.run.store import Store, find_run

@@ -21,7 +21,7 @@ from dfmpc.kernels.uniform_kernel import uniform_kernel
 from kernel_cost import SHARED_LIMIT, Cost
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
-_INT64 = ("table", "square", "kept", "abs", "dot", "norm", "layer", "total", "mean_total", "variance_total")
+_INT64 = ("table", "square", "kept", "abs", "dot", "norm", "layer", "total", "mean_total", "variance_total", "factors")
 _OTHER = {
     "programs": "*i32",
     "count": "*i32",
@@ -57,6 +57,8 @@ class Case:
     """Bytes of scales and sums a segment that it writes."""
     walked: bool = False
     """Whether it holds nothing, but walks over its segments again."""
+    factored: bool = False
+    """Whether it loads a float32 factor for every weight."""
     by_channel: bool = False
     """Whether a thread takes the taps of an input channel one by one, so that its loads are single elements."""
 
@@ -121,7 +123,7 @@ def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
     """Return the shape of ``tile`` on a GPU whose warps have ``warp`` threads."""
     size, warps = ITEMSIZE[weight], NUM_WARPS * LANES // warp
     constants = {"DTYPE": weight, "KINDS": (tile.code,), "WARPS": NUM_WARPS}
-    held = tile.rows * tile.elements * size // (warps * warp)
+    held = tile.rows * tile.elements * (size + 4 * case.factored) // (warps * warp)
     wide = tile.vector if tile.aligned else 1
     return Shape(
         label=f"{tile.threads}×{tile.chunks}×{tile.vector}{' loop' * tile.loop}{'' if tile.aligned else ' any'}",
@@ -187,16 +189,21 @@ def together(case: Case, weight: str, warp: int) -> Shape:
 def cases(weight: str) -> Iterator[Case]:
     """Yield every kernel, for weights of a type."""
     weights = {"weight_ptr": f"*{weight}"}
-    fine = {"FINENESS": 40}
-    yield Case("statistics", statistics_kernel, fine, weights, segment_bytes=28)
+    fine, plain = {"FINENESS": 40}, {"FACTORED": False, "CLIPPED": False}
+    yield Case("statistics", statistics_kernel, fine | plain, weights, segment_bytes=28)
+    product = {"FACTORED": True}
+    yield Case("factored statistics", statistics_kernel, fine | product, weights, segment_bytes=28, factored=True)
     twn = fine | {"GIVEN": ""}
     yield Case("ternary", ternary_kernel, twn | _UNTAPPED, weights, written=0.25, segment_bytes=24)
     yield Case("tapped ternary", ternary_kernel, twn | {"TAPPED": True}, _TAPPED, written=0.25, segment_bytes=24)
     for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
-        constants = {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
-        yield Case(
+        constants = plain | {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
+        one = Case(
             f"uniform {grid} {bits}", uniform_kernel, fine | constants, weights, written=bits / 8, segment_bytes=48
         )
+        yield one
+        if bits == 4 or grid == "asymmetric":
+            yield replace(one, name=f"factored {grid} {bits}", constants=one.constants | product, factored=True)
         yield Case(f"dequantize {grid} {bits}", dequantize_kernel, constants, {}, written=bits / 8)
     yield Case(
         "sweep",

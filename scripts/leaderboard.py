@@ -15,8 +15,8 @@ from typing import get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dfmpc.errors import DfmpcError, UsageError
-from dfmpc.job.expand import Task
 from dfmpc.job.recipes import describe_plan
+from dfmpc.job.task import Task
 from dfmpc.report.parts import read_models
 from dfmpc.report.rows import ModelRow
 from dfmpc.run.store import RunFolder, find_run

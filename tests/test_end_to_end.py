@@ -31,7 +31,7 @@ from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from dfmpc.report.parts import read_layers, read_models
 from dfmpc.report.rows import ModelRow
-from dfmpc.run.scheduler import RunOptions, RunSummary, run_job
+from dfmpc.run.begin import RunOptions, RunSummary, run_job
 from PIL import Image
 from torch import nn
 

@@ -17,8 +17,9 @@ from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
 from dfmpc.compress.result import Compressed
 from dfmpc.evaluate.noise import noise_images
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan, RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
 from dfmpc.report.rows import ModelRow

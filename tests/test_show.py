@@ -12,8 +12,8 @@ from dfmpc.report.parts import write_part
 from dfmpc.run.claims import start_run
 from dfmpc.run.ledger import Event, Kind, Ledger
 from dfmpc.run.outcome import bare_row
-from dfmpc.run.scheduler import RunSummary
 from dfmpc.run.store import RunFolder, Store, freeze
+from dfmpc.run.summary import RunSummary
 from dfmpc.show import run_text
 from typer.testing import CliRunner, Result
 

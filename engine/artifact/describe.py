@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..compress.result import Coefficients, Compressed, QuantizedLayer
-from ..job.expand import Task
 from ..job.recipes import describe_plan
+from ..job.task import Task
 from ..models.load import LoadedModel
 from .key import TaskKey
 from .manifest import FORMAT_VERSION, PROGRAM, CoefficientEntry, FileEntry, LayerEntry, Manifest, SourceEntry

@@ -13,9 +13,10 @@ from dfmpc.kernels.formats import NUMERICS_VERSION
 from pydantic import JsonValue
 
 from ..job.calibrators import PRIORS_VERSION, SyntheticCalibrator
-from ..job.expand import ModelSource, Task
 from ..job.methods import DfmpcPlan
 from ..job.recipes import RECIPES_VERSION, describe_plan, steps_of
+from ..job.sources import ModelSource
+from ..job.task import Task
 from ..models.pairs import PAIRING_VERSION
 from .manifest import FORMAT_VERSION
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from ..compress.result import Compressed
 from ..errors import ArtifactError
 from ..faults import reach
-from ..job.expand import Task
+from ..job.task import Task
 from ..models.load import LoadedModel, save_placeholder_program
 from .describe import make_manifest, weight_parts
 from .key import TaskKey

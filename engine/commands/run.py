@@ -64,10 +64,8 @@ def run(
     as_json: AsJson = False,
 ) -> int:
     """Compress every model of JOB under every bit-plan; what is finished already is reused."""
-    from ..run.on_finish import run_on_finish  # noqa: PLC0415
-    from ..run.scheduler import RunOptions, run_job  # noqa: PLC0415
+    from ..run.begin import RunOptions, run_job  # noqa: PLC0415
     from ..run.shards import parse_shard  # noqa: PLC0415
-    from ..show import run_json, run_text  # noqa: PLC0415
 
     options = RunOptions(
         only=only,
@@ -87,6 +85,9 @@ def run(
     loaded = load(job, output, allow_code)
 
     def tell(summary: RunSummary) -> None:
+        from ..run.on_finish import run_on_finish  # noqa: PLC0415
+        from ..show import run_json, run_text  # noqa: PLC0415 - the workers start sooner without
+
         print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary), flush=True)
         if on_finish is not None:
             run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)

@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from ..job.expand import ModelSource
 from ..job.schema import Evaluate, Preprocess
+from ..job.sources import ModelSource
 
 SYNTHETIC_VERSION = 3
 """Enters the key of every evaluation without labels: bumped when the images of synthetic.py or noise.py change."""

@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from pydantic import Field
-
 from ..errors import JobFileError, Problem, UsageError
-from .fields import Strict
-from .gates import Gates, effective_gates
+from .gates import effective_gates
 from .loader import LoadedJob
 from .methods import BitPlan
 from .mlflow_source import mlflow_models
 from .registry import registry_models
-from .schema import LayerRule
 from .sources import JobModel, ModelSource, model_sources, selected
-
-__all__ = ["ModelSource", "Task", "choose", "expand"]
-
-
-class Task(Strict):
-    """One model under one bit-plan: the unit of work, of retry and of resume."""
-
-    id: str = Field(description="MODEL/PLAN.")
-    model: ModelSource = Field(description="Where the network comes from.")
-    plan: BitPlan = Field(description="The bit-plan with its defaults filled in.")
-    layers: list[LayerRule] = Field(default=[], description="Overrides by layer name: the model's own, the job's.")
-    gates: Gates | None = Field(None, description="Bounds of this model's tasks where it has its own; null: the job's.")
+from .task import Task
 
 
 def expand(loaded: LoadedJob) -> list[Task]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import MismatchError, NonFiniteError, UnsupportedModelError
-from ..job.expand import ModelSource
+from ..job.sources import ModelSource
 from .capture import canonical_names, capture_program, export_program
 from .checkpoint import read_checkpoint
 from .factory import AllowList

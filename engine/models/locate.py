@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import CheckpointError, SidecarError
-from ..job.expand import ModelSource
+from ..job.sources import ModelSource
 from .shards import index_shards
 
 PACKAGE = "package://"

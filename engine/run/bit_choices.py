@@ -9,9 +9,10 @@ import torch
 
 from ..compress.budget.choose import BitChoice, choose_bits
 from ..errors import ModelError
-from ..job.expand import Task, expand
+from ..job.expand import expand
 from ..job.loader import LoadedJob
 from ..job.methods import DfmpcPlan
+from ..job.task import Task
 from ..models.factory import AllowList
 from ..models.load import load_model
 

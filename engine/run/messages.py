@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..job.expand import Task
 from ..job.gates import Gates
 from ..job.schema import Evaluate
+from ..job.task import Task
 from ..report.rows import ModelRow
 from .failures import Failure, Mode
 

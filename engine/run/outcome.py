@@ -14,8 +14,8 @@ from ..artifact.key import torch_version
 from ..artifact.manifest import LayerEntry, Manifest
 from ..evaluate.cache import Scores
 from ..evaluate.gates import Figures, check_gates
-from ..job.expand import Task
 from ..job.gates import Gates
+from ..job.task import Task
 from ..report.rows import LayerRow, ModelRow
 from .store import RunFolder
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..artifact.manifest import is_complete
 from ..errors import ModelError
-from ..job.expand import Task, expand
+from ..job.expand import expand
 from ..job.loader import LoadedJob
+from ..job.task import Task
 from ..models.factory import AllowList
 from .predict import free_bytes, predicted_artifact_bytes
 from .schedule.devices import device_slots

@@ -9,8 +9,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..job.expand import Task
 from ..job.methods import BitPlan, DfmpcPlan, RtnPlan
+from ..job.task import Task
 from .sizes import source_bytes, source_files
 
 _HEADER_LIMIT = 100 * 2**20

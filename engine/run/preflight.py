@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..artifact.manifest import MANIFEST
 from ..errors import DfmpcError, InterruptedRunError, UsageError
-from ..job.expand import Task
+from ..job.task import Task
 from .failures import full_disk
 from .predict import free_bytes, predicted_artifact_bytes
 from .store import Store

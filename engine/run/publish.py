@@ -13,12 +13,12 @@ from typing import Any
 
 from ..artifact.latest import read_latest
 from ..errors import ArtifactError, UsageError
-from ..job.expand import Task
 from ..job.loader import LoadedJob
 from ..job.mlflow_client import artifact_location, connect, shown, talking
 from ..job.mlflow_fields import MlflowModels, MlflowPublish
 from ..job.mlflow_source import PUBLISHED, versions_of
 from ..job.sources import Registered
+from ..job.task import Task
 from ..report.rows import ModelRow
 from ..report.tables import to_json
 from .store import Store

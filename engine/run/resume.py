@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
-from ..job.expand import Task
+from ..job.task import Task
 from ..report.parts import read_models
 from ..report.rows import ModelRow
 from .claims import FIRST, start_run

@@ -1,18 +1,17 @@
-"""A job from its file to its report: which run, which tasks, which workers, and the exit code at the end."""
+"""Tasks from their run to its report: which run, which are open, which workers, and the exit code at the end."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..artifact.attempts import sweep
 from ..errors import InterruptedRunError, StorageError, UsageError
-from ..job.expand import Task, choose, expand
 from ..job.loader import LoadedJob
+from ..job.task import Task
 from ..report.compact import compact
 from ..report.parts import read_models
 from ..report.rows import ModelRow
@@ -28,7 +27,6 @@ from .resume import JoinedRun, create_or_join_run
 from .rules import unmatched_rules
 from .schedule.board import Board
 from .schedule.deadline import Deadline, parse_deadline
-from .schedule.devices import device_slots, workers_on
 from .schedule.dispatch import Dispatcher, Limits
 from .schedule.intake import items_of, refuse_large
 from .schedule.interrupts import Interrupts
@@ -46,46 +44,24 @@ if TYPE_CHECKING:
     from .cluster.ray import RayDispatcher
     from .cluster.ray_cluster import RayCluster
 
-__all__ = ["RunOptions", "RunSummary", "exit_code_of", "run_job"]
-
 _GIB = 2**30
-_DEFAULTS = RunOptions()
-Ended = Callable[[RunSummary], None]
 FAILED = 3
 """Exit code of a run with failed tasks or a closed gate."""
 
 
-def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = lambda _: None) -> RunSummary:
-    """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
-
-    ``ended`` gets the summary while signals are still caught: one that comes when all is done ends nothing.
-
-    Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
-    written, lacks what a store needs, or has no room. What fails later is in the rows.
-    """
-    tasks = choose(expand(loaded), options.only)
-    with ExitStack() as signals:
-        with ExitStack() as cluster:  # while it is connected stdout is not ours
-            ray = cluster.enter_context(_ray_at(options.ray_address)) if options.executor == "ray" else None
-            summary = _run_tasks(loaded, tasks, options, ray, signals)
-        for text in summary.unmatched:
-            print(f"dfmpc: warning: {text}", file=sys.stderr)
-        ended(summary)
-    return summary
-
-
-def _run_tasks(
-    loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None, signals: ExitStack
+def run_tasks(
+    loaded: LoadedJob,
+    tasks: Sequence[Task],
+    options: RunOptions,
+    spares: Spares,
+    ray: RayCluster | None,
+    signals: ExitStack,
 ) -> RunSummary:
-    """Do it; signals are caught from where the run exists, for as long as ``signals`` is open."""
-    resources = loaded.job.resources
-    asked = options.devices or resources.devices
-    devices = device_slots(asked) if ray is None else [ray.device(asked, resources.threads)]
-    end = parse_deadline(options.deadline, os.environ)
-    each = workers_on(devices, asked, resources.workers_per_device, resources.threads)
-    models = len({task.model.name for task in tasks})
-    spares = signals.enter_context(Spares(devices, each, resources.threads, most=0 if ray else models))
-    store = Store(loaded.store)
+    """See ``tasks`` to their rows; signals are caught from where the run exists, for as long as ``signals`` is open.
+
+    Raises what ``begin.run_job`` does.
+    """
+    store, end = Store(loaded.store), parse_deadline(options.deadline, os.environ)
     with starting(store):
         store.prepare()
         check_filesystem(store.root)
@@ -101,12 +77,6 @@ def _run_tasks(
     interrupts = signals.enter_context(Interrupts())
     run = _Run(loaded, joined, frozen, options, Deadline(end, options.grace_s), ray)
     return run.summary(run.carry_out(spares, interrupts))
-
-
-def _ray_at(address: str) -> AbstractContextManager[RayCluster]:
-    from .cluster.ray_connect import connected  # noqa: PLC0415 - every other run starts sooner without
-
-    return connected(address)
 
 
 def sweep_leftovers(store: Store, progress: Progress) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..artifact.key import TaskKey, digest_of, task_key
 from ..errors import CheckpointError, DfmpcError
-from ..job.expand import ModelSource, Task
+from ..job.sources import ModelSource
+from ..job.task import Task
 from ..models.factory import AllowList
 from ..models.locate import input_files
 from ..models.reading import FileBytes, FileDigest, digest_files, read_files

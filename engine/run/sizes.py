@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..job.expand import ModelSource
 from ..job.methods import BitPlan, DfmpcPlan
 from ..job.recipes import steps_of
+from ..job.sources import ModelSource
 
 _PACKAGE = "package://"
 

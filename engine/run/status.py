@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from ..job.expand import Task
+from ..job.task import Task
 from .ledger import SETTLED, Event, Kind, TaskState, fold_events, is_abandoned, read_events
 from .liveness import is_attended
 from .store import RunFolder, find_run

@@ -9,18 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 
 from ..artifact.latest import LATEST
 from ..errors import UsageError
-from ..job.expand import Task
 from ..job.fields import Strict
 from ..job.gates import Gates
-from ..job.loader import LoadedJob
 from ..job.schema import Evaluate, Resources
+from ..job.task import Task
 from .sizes import source_bytes
+
+if TYPE_CHECKING:
+    from ..job.loader import LoadedJob
 
 
 class FrozenRun(Strict):

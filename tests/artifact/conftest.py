@@ -13,8 +13,9 @@ from dfmpc.artifact.manifest import Manifest
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.result import Compressed, QuantizedLayer
 from dfmpc.compress.rows import to_rows
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.kernels import Grid, Quantized, ternary, uniform
 from dfmpc.models.capture import export_program
 from dfmpc.models.graph import Graph, Layer, Op

@@ -17,8 +17,9 @@ from dfmpc.artifact.loader import load
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
 from dfmpc.errors import UnsupportedModelError, UsageError
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.kernels import Grid
 from dfmpc.models.capture import capture
 from dfmpc.models.factory import AllowList

@@ -10,8 +10,9 @@ import pytest
 from dfmpc.artifact.key import task_key
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.plan import plan_from
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 

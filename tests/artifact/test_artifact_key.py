@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from dfmpc.artifact import key as key_module
 from dfmpc.artifact.key import KEY_VERSION, TaskKey, digest_of, evaluation_key, explain, task_key
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import BitPlan, DfmpcPlan, RtnPlan
 from dfmpc.job.neighbours import OmsePlan
 from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.job.schema import LayerRule
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.kernels.formats import NUMERICS_VERSION
 from dfmpc.models.pairs import PAIRING_VERSION
 

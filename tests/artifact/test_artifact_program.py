@@ -16,8 +16,9 @@ from dfmpc.artifact.verify import verify
 from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.compress import compress_model
 from dfmpc.errors import StorageError, UsageError
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from torch import nn

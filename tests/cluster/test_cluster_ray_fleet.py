@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from dfmpc.errors import UsageError
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.job.task import Task
 from dfmpc.run.cluster.ray_connect import connected
 from dfmpc.run.cluster.ray_fleet import Fleet, Lane
 from dfmpc.run.cluster.ray_resources import Node, Wants, gpu_share, seats, wants_of

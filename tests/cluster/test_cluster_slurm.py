@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.ledger import Kind, read_events
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 from dfmpc.run.store import RunFolder, Store
 from typer.testing import CliRunner

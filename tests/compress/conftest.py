@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from dfmpc.compress.result import Compressed, QuantizedLayer
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.methods import DfmpcPlan
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.capture import capture_program, export_program
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn

@@ -12,12 +12,12 @@ from dfmpc.artifact.verify import find_artifacts
 from dfmpc.compress.compress import compress_model
 from dfmpc.errors import NonFiniteError, UnsupportedModelError
 from dfmpc.evaluate.forward import logits
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.loader import load_job
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.capture import capture
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
-from dfmpc.run.scheduler import RunOptions, run_job
+from dfmpc.run.begin import RunOptions, run_job
 from torch import Tensor, nn
 
 Loader = Callable[[nn.Module, tuple[int, ...]], LoadedModel]

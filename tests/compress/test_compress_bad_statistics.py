@@ -8,8 +8,8 @@ import pytest
 import torch
 from dfmpc.compress.compress import compress_model
 from dfmpc.errors import NonFiniteError
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.methods import DfmpcPlan
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.capture import capture_program, export_program
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn

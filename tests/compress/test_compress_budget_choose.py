@@ -15,9 +15,10 @@ from dfmpc.artifact.writer import write_artifact
 from dfmpc.compress.budget.choose import BitChoice, choose_bits
 from dfmpc.compress.compress import compress_model
 from dfmpc.errors import UnsupportedModelError
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import DfmpcPlan
 from dfmpc.job.schema import LayerRule
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model
 from torch import Tensor, nn

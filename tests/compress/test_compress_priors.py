@@ -10,7 +10,7 @@ from dfmpc.compress.priors import noise as noise_module
 from dfmpc.errors import DataError, NonFiniteError, UnsupportedModelError, UsageError
 from dfmpc.evaluate.noise import noise_images
 from dfmpc.evaluate.settings import SYNTHETIC_VERSION
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 from torch import nn

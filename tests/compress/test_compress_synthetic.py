@@ -17,8 +17,8 @@ from dfmpc.compress.synthetic import RESIDUAL_SHARE, SyntheticMoments, residual_
 from dfmpc.compress.walk import Walk
 from dfmpc.compress.work import kept_figures
 from dfmpc.job.calibrators import SyntheticCalibrator
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.methods import DfmpcPlan
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.graph import Node
 from dfmpc.models.load import LoadedModel, load_model

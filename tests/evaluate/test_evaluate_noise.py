@@ -5,7 +5,7 @@ import torch
 from dfmpc.errors import DataError
 from dfmpc.evaluate import noise
 from dfmpc.evaluate.noise import noise_images
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 

@@ -19,8 +19,8 @@ from dfmpc.evaluate.metrics import top_k
 from dfmpc.evaluate.scores import evaluate_artifact
 from dfmpc.evaluate.settings import EvaluationSettings, settings_for
 from dfmpc.evaluate.synthetic import fidelity_images
-from dfmpc.job.expand import ModelSource
 from dfmpc.job.schema import Evaluate, Preprocess
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.digest import tree_digest
 from PIL import Image
 from safetensors.torch import load_file

@@ -13,7 +13,7 @@ from dfmpc.evaluate.noise import PIXEL_MEAN, noise_images
 from dfmpc.evaluate.settings import SYNTHETIC_VERSION
 from dfmpc.evaluate.synthetic import CANVAS, fidelity_images, lit
 from dfmpc.job.calibrators import PRIORS_VERSION
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model
 

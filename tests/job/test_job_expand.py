@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from dfmpc.errors import JobFileError
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.job.schema import Job
+from dfmpc.job.task import Task
 
 HEAD = "version: 1\nname: test\noutput: store\n"
 PLANS = "bit_plans:\n  - {name: b, method: rtn, bits: 4}\n  - {name: a, method: dfmpc}\n"

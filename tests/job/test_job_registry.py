@@ -13,10 +13,11 @@ import yaml
 from dfmpc import cli
 from dfmpc.errors import JobFileError, SidecarError
 from dfmpc.job import registry_walk
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.gates import Gates
 from dfmpc.job.loader import load_job
 from dfmpc.job.schema import Preprocess
+from dfmpc.job.task import Task
 from dfmpc.models.locate import input_files
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from dfmpc.errors import FactoryError, UsageError
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models import factory
 from dfmpc.models.factory import AllowList
 

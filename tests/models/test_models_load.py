@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dfmpc.errors import CheckpointError, MismatchError, NonFiniteError, UnsupportedModelError
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.graph import Op
 from dfmpc.models.load import LoadedModel, input_files, load_model, rebuild_module

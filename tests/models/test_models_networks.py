@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.capture import capture
 from dfmpc.models.factory import AllowList
 from dfmpc.models.graph import Graph, Op, Pairing

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dfmpc.errors import CheckpointError, NonFiniteError, UnsafeCheckpointError, UnsupportedModelError
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import LoadedModel, load_model, rebuild_module, save_placeholder_program
 from dfmpc.models.program import load_program

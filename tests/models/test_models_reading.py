@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from dfmpc.errors import CheckpointError
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.checkpoint import read_checkpoint
 from dfmpc.models.factory import AllowList
 from dfmpc.models.load import load_model

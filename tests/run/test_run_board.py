@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.run.failures import History, Mode
 from dfmpc.run.schedule.board import Asker, Board, Item
 from hypothesis import given, settings

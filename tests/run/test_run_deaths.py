@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from dfmpc.errors import StorageError
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.ledger import Kind, fold, read_events
 from dfmpc.run.schedule.roster import REST_S
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 from dfmpc.run.store import RunFolder
 

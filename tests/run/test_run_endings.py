@@ -11,7 +11,7 @@ import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.loader import load_job
 from dfmpc.report.rows import ModelRow
-from dfmpc.run.scheduler import RunOptions, run_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.summary import RunSummary
 
 PLANS: list[dict[str, object]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from dfmpc.artifact.commit import commit
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
 from dfmpc.models.factory import AllowList
+from dfmpc.report.rows import ModelRow
 from dfmpc.run.claims import start_run
 from dfmpc.run.failures import Mode
 from dfmpc.run.ledger import Ledger
@@ -77,6 +79,28 @@ def test_the_bytes_say_how_long_a_disk_may_take(tmp_path: Path, monkeypatch: pyt
         raise OSError("full")
     assert not it.writes
     it.close()
+
+
+def test_reused_tasks_are_reported_together_until_none_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finisher, "_BATCH_S", 3600.0)  # patience alone would tell much later
+    said: list[tuple[Message, ...]] = []
+    waiting = [True, True, False]
+    run = RunFolder(tmp_path)
+    it = Finisher(run, Ledger(run), lambda *messages: said.append(messages), more=lambda: waiting.pop(0))
+    for number in range(3):
+        name = f"net-{number}/r4"
+        row = ModelRow(
+            run="r", task=name, model=f"net-{number}", bit_plan="r4", method="rtn", status="reused",
+            finished_at=datetime.now(UTC), attempt=f"a{number}", dfmpc_version="0", torch_version="0",
+        )  # fmt: skip
+        it.put(lambda row=row: it.report(TaskOutcome(row), []), lambda: tmp_path / "log")
+    end = time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        time.sleep(0.001)
+    (together,) = said
+    assert [message.row.task for message in together] == ["net-0/r4", "net-1/r4", "net-2/r4"]
+    it.close()
+    assert len(said) == 1
 
 
 def test_a_commit_is_such_a_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

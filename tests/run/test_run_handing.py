@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
 from dfmpc.job.schema import Gates
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.run.failures import Failure, History
 from dfmpc.run.ledger import Event, Kind, Ledger, fold
 from dfmpc.run.messages import Alive, Recall, Recalled, RunTask, Started, WorkerSettings

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.schedule.progress import Progress
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.status import read_status
 
 PLANS: list[dict[str, object]] = [{"name": "r4", "method": "rtn", "bits": 4}]

@@ -8,8 +8,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import pytest
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.run.messages import Alive, Ready, Recall, Recalled, RunTask, Started
 from dfmpc.run.worker.line import Inbox, Line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.run.worker.pages import PagePool
 from dfmpc.run.worker.prefetch import Prefetcher
 

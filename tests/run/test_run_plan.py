@@ -9,10 +9,10 @@ import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.plan import make_plan
 from dfmpc.run.schedule import devices
 from dfmpc.run.schedule.devices import device_slots
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.sizes import source_bytes
 
 PLANS: list[dict[str, object]] = [

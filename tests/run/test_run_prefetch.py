@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dfmpc.errors import CheckpointError
-from dfmpc.job.expand import ModelSource
+from dfmpc.job.sources import ModelSource
 from dfmpc.models.reading import digest_files
 from dfmpc.run.worker.prefetch import Prefetcher
 
@@ -50,7 +50,7 @@ def content(source: ModelSource) -> bytes:
     return path_of(source).read_bytes()
 
 
-def reading() -> list[threading.Thread]:
+def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
@@ -79,7 +79,7 @@ def test_what_is_read_ahead_is_read_once(prefetcher: Prefetcher, sources: list[M
     assert files[0].digest == digest
     assert prefetcher.bytes_read == prefetcher.bytes_held == SIZE
     prefetcher.want(sources[0])  # it is in use
-    until(lambda: not reading())
+    until(lambda: not prefetcher.reads)
     assert prefetcher.bytes_read == SIZE
 
 
@@ -165,7 +165,7 @@ def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str
         prefetcher.close()
         prefetcher.want(sources[1])
     gate.open.set()
-    until(lambda: not reading())
+    until(lambda: not prefetcher.reads)
     assert prefetcher.bytes_held == (SIZE if how == "want another" else 0)
     assert bytes(prefetcher.take(sources[0])[0].data) == content(sources[0])
 
@@ -173,7 +173,7 @@ def test_what_is_wanted_no_longer_is_let_go(sources: list[ModelSource], how: str
 def test_what_is_about_to_be_taken_is_kept(prefetcher: Prefetcher, sources: list[ModelSource]) -> None:
     prefetcher.want(sources[0])
     prefetcher.keep_only(sources[0])
-    until(lambda: not reading())
+    until(lambda: not prefetcher.reads)
     read = prefetcher.bytes_read
     assert bytes(prefetcher.take(sources[0])[0].data) == content(sources[0])
     assert prefetcher.bytes_read == read == SIZE
@@ -189,3 +189,43 @@ def test_what_is_needed_now_goes_before_what_is_read_ahead(sources: list[ModelSo
     until(lambda: prefetcher.bytes_held == 2 * SIZE)
     assert bytes(prefetcher.take(sources[1])[0].data) == content(sources[1])
     assert prefetcher.bytes_read == 4 * SIZE
+
+
+def test_one_thread_reads_one_model_after_the_other(prefetcher: Prefetcher, sources: list[ModelSource]) -> None:
+    before, seen = set(readers()), set()
+    for source in [*sources, *sources]:
+        prefetcher.want(source)
+        assert bytes(prefetcher.take(source)[0].data) == content(source)
+        seen |= set(readers()) - before
+    assert len(seen) == 1
+    prefetcher.close()
+    (reader,) = seen
+    reader.join(30)
+    assert not reader.is_alive()
+
+
+def test_a_file_that_does_not_come_keeps_no_other_waiting(sources: list[ModelSource]) -> None:
+    gate, asked = Gate(), 0
+
+    def first_hangs(size: int) -> memoryview:
+        nonlocal asked
+        asked += 1
+        return gate(size) if asked == 1 else memoryview(bytearray(size))
+
+    prefetcher = Prefetcher(threads=1, limit_bytes=3 * SIZE, allocate=first_hangs)
+    before = set(readers())
+    prefetcher.want(sources[0])
+    assert gate.asked.wait(30)
+    prefetcher.want(sources[1])
+    assert bytes(prefetcher.take(sources[1])[0].data) == content(sources[1])
+    gate.open.set()
+    until(lambda: len(set(readers()) - before) == 1)  # one is enough from here on
+    prefetcher.close()
+    until(lambda: not set(readers()) - before)
+
+
+def test_a_thread_that_waits_holds_nothing(prefetcher: Prefetcher, sources: list[ModelSource]) -> None:
+    prefetcher.want(sources[0])
+    until(lambda: prefetcher.bytes_read == SIZE and not prefetcher.reads)
+    prefetcher.keep_only(None)
+    until(lambda: prefetcher.bytes_held == 0)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from dfmpc.errors import UsageError
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.loader import load_job
+from dfmpc.job.task import Task
 from dfmpc.run.predict import free_bytes, predicted_artifact_bytes
 from dfmpc.run.preflight import disk_preflight
 from dfmpc.run.store import Store

@@ -22,9 +22,10 @@ import torch
 import yaml
 from dfmpc import cli
 from dfmpc.job import mlflow_client
-from dfmpc.job.expand import Task, expand
+from dfmpc.job.expand import expand
 from dfmpc.job.gates import SAFE_AGREEMENT
 from dfmpc.job.loader import load_job
+from dfmpc.job.task import Task
 from dfmpc.report.rows import ModelRow
 from dfmpc.run.latest import publish
 from dfmpc.run.publish import Published, alias_of, publish_versions

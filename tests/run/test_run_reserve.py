@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.methods import RtnPlan
 from dfmpc.job.schema import Gates
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.run.failures import History, Mode
 from dfmpc.run.messages import WorkerSettings
 from dfmpc.run.schedule.board import Item

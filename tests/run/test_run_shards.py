@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.ledger import Kind, read_events
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.shards import Shard, array_note, assign, models_of, parse_shard
 from dfmpc.run.store import RunFolder, Store
 from dfmpc.show import run_text

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from dfmpc.errors import CheckpointError, MismatchError
-from dfmpc.job.expand import ModelSource, Task
 from dfmpc.job.plan import plan_from
+from dfmpc.job.sources import ModelSource
+from dfmpc.job.task import Task
 from dfmpc.models.digest import tree_digest
 from dfmpc.models.factory import AllowList
 from dfmpc.models.locate import input_files
@@ -132,7 +133,7 @@ def test_keys_need_no_torch(tmp_path: Path) -> None:
     source = save(tmp_path / "net.safetensors", 1.0)
     code = """
 import json, sys
-from dfmpc.job.expand import Task
+from dfmpc.job.task import Task
 from dfmpc.models.factory import AllowList
 from dfmpc.run.shared import SharedModel
 from dfmpc.run.worker.prefetch import Prefetcher

@@ -11,11 +11,11 @@ import pytest
 from dfmpc.errors import UsageError
 from dfmpc.job.gates import Gates
 from dfmpc.job.loader import load_job
+from dfmpc.run.begin import RunOptions, run_job
 from dfmpc.run.messages import Ready, WorkerSettings
 from dfmpc.run.schedule import spares as spares_module
 from dfmpc.run.schedule.process import Boot, WorkerProcess
 from dfmpc.run.schedule.spares import Spares
-from dfmpc.run.scheduler import RunOptions, run_job
 from dfmpc.run.worker.main import ORPHANED
 
 RTN4 = {"name": "p", "method": "rtn", "bits": 4}

@@ -13,7 +13,7 @@ import pytest
 from dfmpc.artifact.manifest import TENSORS
 from dfmpc.job.loader import load_job
 from dfmpc.report.rows import ModelRow
-from dfmpc.run.scheduler import RunOptions, run_job
+from dfmpc.run.begin import RunOptions, run_job
 
 HEAVY = ("torch", "triton", "numpy", "pyarrow", "safetensors", "PIL")
 REUSE = f"""

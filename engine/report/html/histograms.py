@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...artifact.manifest import TENSORS, LayerEntry, Manifest, read_manifest
 from ...errors import DfmpcError
-from ...job.expand import ModelSource
+from ...job.sources import ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__, faults
-from ...job.expand import Task
+from ...job.task import Task
 from ...models.factory import DEFAULT_MODULES, AllowList
 from ..failures import Failure, Mode
 from ..ledger import Ledger

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ...job.expand import Task
+from ...job.task import Task
 from ..failures import History
 
 Test = Callable[["Item"], bool]

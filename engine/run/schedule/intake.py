@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...errors import HostMemoryError
-from ...job.expand import Task
+from ...job.task import Task
 from ..sizes import predicted_device_bytes, predicted_host_bytes
 from .board import Board, Item
 from .tally import Tally

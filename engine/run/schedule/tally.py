@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from ...errors import DeviceError, DfmpcError, StorageError
-from ...job.expand import Task
+from ...job.task import Task
 from ...report.parts import write_part
 from ...report.rows import ModelRow
 from ..failures import Failure, Retry

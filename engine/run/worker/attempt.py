@@ -19,7 +19,7 @@ from ...artifact.manifest import Manifest, inspect
 from ...errors import DeviceError, StorageError
 from ...evaluate.cache import cached_scores
 from ...evaluate.settings import settings_for
-from ...job.expand import Task
+from ...job.task import Task
 from ...report.rows import LayerRow, ModelRow
 from ..failures import Failure, Mode, classify
 from ..ledger import Event, Kind, Ledger

@@ -25,9 +25,10 @@ _AHEAD = 2
 """Steps that may wait: the commit of one task and its report. Whoever brings a third waits."""
 _Step = tuple[Callable[[], None], Callable[[], Path]]
 _Ended = tuple[TaskOutcome, list[LayerRow]]
-_BATCH = 64
-_BATCH_S = 0.25
-"""Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds."""
+_BATCH = 256
+_BATCH_S = 1.0
+"""Reports are written together, so many or so many seconds of them: reused tasks end in milliseconds, and a part of
+fifty columns takes about as long to write and to merge whatever it holds."""
 _SLOW = 10e6
 """Bytes a second of the slowest disk or server that is not taken for a dead one."""
 _STALL_S = 3.0
@@ -39,8 +40,9 @@ BROKEN = 71
 class Finisher:
     """Steps are done in the order in which they were brought, each after the one before has ended."""
 
-    def __init__(self, run: RunFolder, ledger: Ledger, send: Send) -> None:
-        self._run, self._ledger, self._send = run, ledger, send
+    def __init__(self, run: RunFolder, ledger: Ledger, send: Send, more: Callable[[], bool] = lambda: True) -> None:
+        """``more`` tells whether further tasks wait; without any the scheduler may be waiting for what is kept."""
+        self._run, self._ledger, self._send, self._more = run, ledger, send, more
         self._steps: queue.Queue[_Step | None] = queue.Queue(_AHEAD)
         self._ended: list[_Ended] = []
         self._since = 0.0
@@ -57,7 +59,7 @@ class Finisher:
         if not self._ended:
             self._since = time.monotonic()
         self._ended.append((outcome, layers))
-        if outcome.row.status != "reused" or len(self._ended) >= _BATCH:
+        if outcome.row.status != "reused" or len(self._ended) >= _BATCH or not self._more():
             self._flush()
 
     @contextmanager

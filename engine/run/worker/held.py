@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ...job.expand import ModelSource
+from ...job.sources import ModelSource
 from ...models.factory import AllowList
 from ..failures import Failure, Mode
 from ..messages import WorkerSettings

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from ...job.expand import ModelSource
+from ...job.sources import ModelSource
 from ..messages import Message, Recall, Recalled, RunTask
 
 

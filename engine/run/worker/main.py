@@ -10,7 +10,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from ... import faults
-from ...job.expand import ModelSource
+from ...job.sources import ModelSource
 from ...models.reading import FileBytes
 from ..failures import Failure
 from ..ledger import Ledger
@@ -58,7 +58,7 @@ class Worker:
         self._line = line
         run = RunFolder(settings.run)
         ledger = Ledger(run)
-        self._finisher = Finisher(run, ledger, line.send)
+        self._finisher = Finisher(run, ledger, line.send, more=lambda: bool(self._inbox))
         self._context = Context(settings, ledger, self._say, self._finisher)
         self._prefetcher = Prefetcher(
             settings.readers, int(settings.read_ahead), allocate=allocator(settings.computes_on)

@@ -17,7 +17,7 @@ from ...compress.result import Compressed
 from ...evaluate.cache import Scores
 from ...evaluate.scores import evaluate_artifact
 from ...evaluate.settings import EvaluationSettings
-from ...job.expand import Task
+from ...job.task import Task
 from ..messages import WorkerSettings
 from ..shared import SharedModel
 

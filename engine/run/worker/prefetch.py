@@ -6,8 +6,9 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
-from ...job.expand import ModelSource
+from ...job.sources import ModelSource
 from ...models.locate import input_files
 from ...models.reading import Allocate, FileBytes, ReadingStoppedError, read_files
 from .pages import PagePool
@@ -48,12 +49,20 @@ class Prefetcher:
         self._ahead: _Ahead | None = None
         self._current: ModelSource | None = None
         self._running: list[_Ahead] = []
+        # A thread that has read waits for the next model: to start one takes as long as to read a small file.
+        self._idle = 0
+        self._given: SimpleQueue[_Ahead | None] = SimpleQueue()
         self._closed = False
 
     @property
     def bytes_held(self) -> int:
         """Bytes in memory now: of models in use, read ahead, and being read."""
         return self._held
+
+    @property
+    def reads(self) -> int:
+        """Models that are being read ahead, or wait for room."""
+        return len(self._running)
 
     def want(self, source: ModelSource) -> None:
         """Begin to read ``source`` in the background, instead of what was wanted before; returns at once.
@@ -67,7 +76,11 @@ class Prefetcher:
             self._cancel()
             self._ahead = _Ahead(source)
             self._running.append(self._ahead)
-            threading.Thread(target=self._read_ahead, args=(self._ahead,), name="prefetch", daemon=True).start()
+            self._given.put(self._ahead)
+            if self._idle:
+                self._idle -= 1
+            else:  # the others are kept waiting by a file system
+                threading.Thread(target=self._serve, name="prefetch", daemon=True).start()
 
     def keep_only(self, source: ModelSource | None) -> None:
         """Let go of what is read ahead unless it is ``source``: it will not be taken here."""
@@ -100,6 +113,7 @@ class Prefetcher:
             self._closed = True
             self._cancel()
             running = list(self._running)
+            self._given.put(None)
         self._pages.clear()
         for ahead in running:
             ahead.ended.wait(_PATIENCE_S)
@@ -110,7 +124,16 @@ class Prefetcher:
             self._ahead = None
             self._changed.notify_all()
 
-    def _read_ahead(self, ahead: _Ahead) -> None:
+    def _serve(self) -> None:
+        """Read what is given until there is nothing to wait for; hold nothing of it meanwhile."""
+        while (ahead := self._given.get()) is not None:
+            stays = self._read_ahead(ahead)
+            del ahead
+            if not stays:
+                return
+
+    def _read_ahead(self, ahead: _Ahead) -> bool:
+        """Read and tell; return whether this thread is to wait for more, as one is enough."""
         try:
             ahead.files = self._wait_and_read(ahead)
         except (MemoryError, ReadingStoppedError):
@@ -120,7 +143,10 @@ class Prefetcher:
         finally:
             with self._changed:
                 self._running.remove(ahead)
+                stays = not (self._closed or self._idle)
+                self._idle += stays
             ahead.ended.set()
+        return stays
 
     def _wait_and_read(self, ahead: _Ahead) -> list[FileBytes] | None:
         paths = input_files(ahead.source)
