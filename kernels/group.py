@@ -11,6 +11,8 @@ from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .segments import code_format, nothing
 from .table import batches_of
+from .tap_sums import check_taps
+from .tapped import with_taps
 from .ternary import ternary, ternary_batch
 from .uniform import uniform, uniform_batch
 
@@ -25,13 +27,22 @@ class Request:
     bits: int
     group_size: int
     layer_wise: bool = False
+    taps: int = 0
+    """Neighbours whose sums are wanted too, for ternary codes; 0: none (``Quantized.taps``)."""
 
     @property
     def format(self) -> CodeFormat:
         """The format of the codes. Raises ValueError where the request cannot be met."""
         if self.grid is Grid.TERNARY and self.bits != 2:
             raise ValueError(f"bits is {self.bits} for ternary codes; they take 2")
+        self._check_taps()
         return code_format(self.weight, self.grid, self.bits, self.group_size, self.layer_wise)
+
+    def _check_taps(self) -> None:
+        if self.taps and self.grid is not Grid.TERNARY:
+            raise ValueError(f"taps is {self.taps} for {self.grid} codes; only ternary codes come with tap sums")
+        if self.taps:
+            check_taps(self.weight, self.taps)
 
 
 def quantize_group(requests: Sequence[Request]) -> list[Quantized]:
@@ -54,17 +65,21 @@ def quantize_group_triton(requests: Sequence[Request]) -> list[Quantized]:
     weights = [request.weight for request in requests]
     results: dict[int, Quantized] = {}
     for batch, places in batches_of(weights, formats):
-        run = ternary_batch if batch.entries[0].format.grid is Grid.TERNARY else uniform_batch
-        results |= zip(places, run(batch), strict=True)
-    return [
-        results[place] if place in results else nothing(format, weight)
-        for place, (format, weight) in enumerate(zip(formats, weights, strict=True))
-    ]
+        if batch.entries[0].format.grid is Grid.TERNARY:
+            found = ternary_batch(batch, taps=[requests[place].taps for place in places])
+        else:
+            found = uniform_batch(batch)
+        results |= zip(places, found, strict=True)
+    return [results[place] if place in results else _nothing(request) for place, request in enumerate(requests)]
+
+
+def _nothing(request: Request) -> Quantized:
+    return with_taps(nothing(request.format, request.weight), request.weight, request.taps)
 
 
 def _alone(request: Request) -> Quantized:
     request.format  # noqa: B018  # what cannot be met is said alike everywhere
     weight, size, whole = request.weight, request.group_size, request.layer_wise
     if request.grid is Grid.TERNARY:
-        return ternary(weight, group_size=size, layer_wise=whole)
+        return ternary(weight, group_size=size, layer_wise=whole, taps=request.taps)
     return uniform(weight, request.bits, request.grid, group_size=size, layer_wise=whole)

@@ -117,14 +117,14 @@ def walking_tile(length: int, itemsize: int, aligned: bool) -> Tile:
     return next((tile for tile in usable if length < WALK * tile.threads), usable[-1])
 
 
-def most_registers(kinds: tuple[Tile, ...]) -> int | None:
-    """Return the registers that a thread may have in a kernel of several kinds, on NVIDIA.
+def most_registers(kinds: tuple[Tile, ...], limited: bool = False) -> int | None:
+    """Return the registers that a thread may have in a kernel of several kinds, or a ``limited`` one, on NVIDIA.
 
-    Without a number ptxas aims at one more program a multiprocessor and spills a few bytes where it just misses; a
-    kernel of one kind has not been seen to.
+    Without a number ptxas aims at one more program a multiprocessor and spills a few bytes where it just misses; of
+    the kernels of one kind only the ternary one with tap sums has been seen to.
     """
     small = all(tile.chunks * tile.vector <= SMALL for tile in kinds)
-    return 65536 // (4 * LANES * NUM_WARPS) if len(kinds) > 1 and small else None
+    return 65536 // (4 * LANES * NUM_WARPS) if small and (limited or len(kinds) > 1) else None
 
 
 def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:

@@ -120,10 +120,10 @@ class Batch:
         """Allocate the codes of all tensors, without filling; what lies between two tensors is not written."""
         return torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
-    def launch(self, kernel: Any, *outputs: Tensor, walked: bool = False, **constants: Any) -> None:
+    def launch(self, kernel: Any, *outputs: Tensor, walked: bool = False, limited: bool = False, **constants: Any) -> None:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``.
 
-        ``walked``: it holds nothing, but walks over every segment again.
+        ``walked``: it holds nothing, but walks over every segment again. ``limited``: shapes.most_registers.
         """
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
@@ -148,7 +148,7 @@ class Batch:
                 WARPS=chosen[0].warps,
                 num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
                 enable_fp_fusion=False,
-                **_register_limit(None if walked else most_registers(kinds)),
+                **_register_limit(None if walked else most_registers(kinds, limited)),
             )
 
     def _measured(self, kernel: Any) -> Choice | None:

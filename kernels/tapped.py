@@ -54,11 +54,12 @@ class TappedLaunch:
         self._signs = torch.empty((2, self._starts[-1]), dtype=torch.int16, device=batch.device)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the kernel's arguments: nothing where no tensor's sums come from it, and it is the plain kernel."""
+        """Return what the launch needs: nothing where no tensor's sums come from it, and it is the plain kernel."""
         if not any(self._fused):
             return {}
         table = torch.tensor(list(zip(self._fused, self._starts[:-1], strict=True)), dtype=torch.int64)
         return {
+            "limited": True,
             "TAPPED": True,
             "taps_ptr": table.to(self._sums.device),
             "tap_sum_ptr": self._sums[0],

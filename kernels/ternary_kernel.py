@@ -49,7 +49,7 @@ def ternary_kernel(
     item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
-            _ternary_tile(
+            b_threshold = _ternary_tile(
                 item_ptr,
                 i_tile,
                 threshold_ptr,
@@ -67,13 +67,21 @@ def ternary_kernel(
                 KINDS[k] // 64 % 64,
                 KINDS[k] // 2 % 2 == 1,
                 KINDS[k] % 2 == 1,
-                TAPPED,
-                taps_ptr,
-                tap_sum_ptr,
-                tap_square_ptr,
-                tap_sign_ptr,
-                tap_kept_ptr,
             )
+            if TAPPED:
+                _store_taps(
+                    item_ptr,
+                    i_tile,
+                    b_threshold,
+                    taps_ptr,
+                    tap_sum_ptr,
+                    tap_square_ptr,
+                    tap_sign_ptr,
+                    tap_kept_ptr,
+                    DTYPE,
+                    max(1, 32 * WARPS // (KINDS[k] // 4096)),
+                    KINDS[k] // 4096,
+                )
 
 
 @jit
@@ -95,14 +103,11 @@ def _ternary_tile(
     NC: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
-    TAPPED: tl.constexpr,
-    taps_ptr: tl.tensor,
-    tap_sum_ptr: tl.tensor,
-    tap_square_ptr: tl.tensor,
-    tap_sign_ptr: tl.tensor,
-    tap_kept_ptr: tl.tensor,
-) -> None:
-    """One read where the tile holds the segments; else three passes, of which the later ones find them in a cache."""
+) -> tl.tensor:
+    """One read where the tile holds the segments; else three passes, of which the later ones find them in a cache.
+
+    Return the threshold of every segment, float32 [ROWS].
+    """
     STEP: tl.constexpr = NC * T * V
     here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
@@ -158,49 +163,36 @@ def _ternary_tile(
     tl.store(square_ptr + o_output, without_pattern(b_squares, steps * STEP), mask=m_row)
     tl.store(kept_ptr + o_output, without_pattern(b_keep, steps * STEP), mask=m_row)
     tl.store(count_ptr + o_output, b_counts, mask=m_row)
-    if TAPPED:
-        _store_taps(
-            item_ptr,
-            i_tile,
-            here,
-            m_row,
-            count,
-            b_threshold,
-            taps_ptr,
-            tap_sum_ptr,
-            tap_square_ptr,
-            tap_sign_ptr,
-            tap_kept_ptr,
-            ROWS,
-            T,
-        )
+    return b_threshold
 
 
 @jit
 def _store_taps(
     item_ptr: tl.tensor,
     i_tile: tl.tensor,
-    here: tl.tensor,
-    m_row: tl.tensor,
-    count: tl.tensor,
     b_threshold: tl.tensor,
     taps_ptr: tl.tensor,
     tap_sum_ptr: tl.tensor,
     tap_square_ptr: tl.tensor,
     tap_sign_ptr: tl.tensor,
     tap_kept_ptr: tl.tensor,
+    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     T: tl.constexpr,
 ) -> None:
     """Of rows of one segment, for every channel: Σ_t w and Σ_t w² (t in order), the sum of the kept signs, their count.
 
-    A thread a channel, [ROWS, T] at a time: the rows are in the nearest cache, from the passes before.
+    A thread a channel, [ROWS, T] at a time: the rows are in the nearest cache, from the passes before. Nothing but the
+    threshold is kept from those, so that registers do not run short in them.
     """
-    taps = tl.load(taps_ptr + 2 * tl.load(item_ptr + 8)).to(tl.int32)
-    channels = tl.where(taps > 0, count // tl.maximum(taps, 1), 0)
+    KIND: tl.constexpr = tl.float32 if DTYPE == "fp32" else tl.float16 if DTYPE == "fp16" else tl.bfloat16
+    asked_ptr = taps_ptr + 2 * tl.load(item_ptr + 8)
+    taps = tl.load(asked_ptr).to(tl.int32)
+    channels = tl.where(taps > 0, tl.load(item_ptr + 2).to(tl.int32) // tl.maximum(taps, 1), 0)
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
-    row_ptr = tl.load(item_ptr).to(here.dtype) + (o_row * tl.load(item_ptr + 1))[:, None]
-    o_taps = tl.load(taps_ptr + 2 * tl.load(item_ptr + 8) + 1) + o_row * channels
+    m_row = o_row < tl.load(item_ptr + 3)
+    row_ptr = tl.load(item_ptr).to(tl.pointer_type(KIND)) + (o_row * tl.load(item_ptr + 1))[:, None]
+    o_taps = tl.load(asked_ptr + 1) + o_row * channels
     for first in range(0, channels, T):
         o_channel = first + tl.arange(0, T)
         mask = m_row[:, None] & (o_channel < channels)[None, :]

@@ -57,6 +57,8 @@ class Case:
     """Bytes of scales and sums a segment that it writes."""
     walked: bool = False
     """Whether it holds nothing, but walks over its segments again."""
+    limited: bool = False
+    """Whether its registers are limited also where it has one kind of tile."""
     factored: bool = False
     """Whether it loads a float32 factor for every weight."""
     by_channel: bool = False
@@ -129,7 +131,7 @@ def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
         label=f"{tile.threads}×{tile.chunks}×{tile.vector}{' loop' * tile.loop}{'' if tile.aligned else ' any'}",
         constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
         num_warps=warps,
-        registers=None if case.walked else most_registers((tile,)),
+        registers=None if case.walked else most_registers((tile,), case.limited),
         elements=tile.rows * length,
         segments=tile.rows,
         trips=-(-length // tile.elements),
@@ -195,7 +197,8 @@ def cases(weight: str) -> Iterator[Case]:
     yield Case("factored statistics", statistics_kernel, fine | product, weights, segment_bytes=28, factored=True)
     twn = fine | {"GIVEN": ""}
     yield Case("ternary", ternary_kernel, twn | _UNTAPPED, weights, written=0.25, segment_bytes=24)
-    yield Case("tapped ternary", ternary_kernel, twn | {"TAPPED": True}, _TAPPED, written=0.25, segment_bytes=24)
+    tapped = twn | {"TAPPED": True}
+    yield Case("tapped ternary", ternary_kernel, tapped, _TAPPED, written=0.25, segment_bytes=24, limited=True)
     for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
         constants = plain | {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
         one = Case(
