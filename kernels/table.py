@@ -120,7 +120,9 @@ class Batch:
         """Allocate the codes of all tensors, without filling; what lies between two tensors is not written."""
         return torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
-    def launch(self, kernel: Any, *outputs: Tensor, walked: bool = False, limited: bool = False, **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, *outputs: Tensor, walked: bool = False, limited: bool = False, **constants: Any
+    ) -> None:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``.
 
         ``walked``: it holds nothing, but walks over every segment again. ``limited``: shapes.most_registers.
