@@ -20,7 +20,7 @@ from ..models.pairs import find_pairs
 from .assign import Assignment, assign
 from .budget.choose import choose_bits
 from .calibrate import InputMoments
-from .make_calibrator import make_calibrator
+from .make_calibrator import make_calibrator, sums_taps
 from .neighbours.run import compress_neighbour
 from .quantize import quantize_layer
 from .result import Compressed
@@ -72,7 +72,8 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     told = [_with_lost_partners(given, pairing, kept) for given in assignments.values() if not given.keep]
     work = {given.layer.name: LayerWork(model, given, device) for given in told}
     steps = None if isinstance(plan, RtnPlan) else steps_of(plan)
-    round_together(item for item in work.values() if steps is None or is_plain(item.assignment, steps))
+    plain = (item for item in work.values() if steps is None or is_plain(item.assignment, steps))
+    round_together(plain, with_taps=steps is not None and sums_taps(steps.calibrator))
     if isinstance(plan, RtnPlan) or steps is None:
         for item in work.values():
             item.quantize(_plainly(device), lambda: None)

@@ -45,6 +45,11 @@ def make_calibrator(model: LoadedModel, options: Options, device: str = "cpu") -
     return known(model.graph, tensor)
 
 
+def sums_taps(options: Options) -> bool:
+    """Tell whether the calibrator that ``options`` name asks for the tap sums of layers."""
+    return isinstance(options, AnalyticCalibrator) and options.moments == "channel"
+
+
 class Spectral(SpectralMoments):
     """``SpectralMoments`` as the walk over the graph wants it."""
 

@@ -8,6 +8,7 @@ import torch
 from dfmpc.kernels.dequantize import dequantize
 from dfmpc.kernels.formats import Grid, Quantized
 from dfmpc.kernels.group import Request, quantize_group
+from dfmpc.kernels.launch import use_triton
 from dfmpc.kernels.tap_sums import tap_sums
 from torch import Tensor
 
@@ -22,16 +23,25 @@ def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quant
     return quantize_layers([(weight, assignment)], device)[0]
 
 
-def quantize_layers(layers: Sequence[tuple[Tensor, Assignment]], device: str) -> list[Quantized]:
+def quantize_layers(
+    layers: Sequence[tuple[Tensor, Assignment]], device: str, with_taps: bool = False
+) -> list[Quantized]:
     """Return the codes of every weight (stored shape, any floating type) under its assignment, in few launches.
+
+    ``with_taps``: tap sums will be wanted of all, so that those which cost no pass over a weight are left at once.
 
     Raises NonFiniteError where one of them holds NaN or Inf.
     """
-    return quantize_group([_request(weight, given, device) for weight, given in layers])
+    return quantize_group([_request(weight, given, device, with_taps) for weight, given in layers])
 
 
-def _request(weight: Tensor, given: Assignment, device: str) -> Request:
-    return Request(rows_on(weight, given.layer, device), given.grid, given.bits, given.group_size, given.layer_wise)
+def _request(weight: Tensor, given: Assignment, device: str, with_taps: bool) -> Request:
+    rows = rows_on(weight, given.layer, device)
+    # the references go over the weight once more whenever they are asked: they are asked when it is the layer's turn;
+    # of one tap the sums would be as large as the weight in float64
+    saved = with_taps and given.grid is Grid.TERNARY and given.layer.taps > 1 and use_triton(rows)
+    taps = given.layer.taps if saved else 0
+    return Request(rows, given.grid, given.bits, given.group_size, given.layer_wise, taps=taps)
 
 
 def clipped_fraction(weight: Tensor, layer: Layer, quantized: Quantized, device: str) -> float:
@@ -54,6 +64,20 @@ def rows_on(weight: Tensor, layer: Layer, device: str) -> Tensor:
     # the network computes in float32, so double precision ends here
     dtype = torch.float32 if weight.dtype is torch.float64 else weight.dtype
     return to_rows(weight.to(device, dtype), layer)
+
+
+def taps_of_both(weight: Tensor, quantized: Quantized, layer: Layer, device: str) -> tuple[Taps, Taps]:
+    """Return the tap sums of the original weight and of the dequantized one, on the CPU, as they came with the codes.
+
+    Where none came, they are summed now.
+    """
+    came = quantized.taps
+    if came is None:
+        return original_taps(weight, layer, device), quantized_taps(quantized, layer)
+    return (
+        Taps.of(layer, came.original.sums, came.original.squares),
+        Taps.of(layer, came.quantized.sums, came.quantized.squares),
+    )
 
 
 def quantized_taps(quantized: Quantized, layer: Layer) -> Taps:

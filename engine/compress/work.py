@@ -17,7 +17,7 @@ from ..models.load import LoadedModel
 from .assign import Assignment
 from .calibrate import InputMoments
 from .compensate import summarise
-from .quantize import clipped_fraction, original_taps, quantize_layers, quantized_taps, rows_on
+from .quantize import clipped_fraction, original_taps, quantize_layers, rows_on, taps_of_both
 from .result import QuantizedLayer
 from .rounding import RoundedLayer
 from .rows import to_rows
@@ -79,7 +79,7 @@ class LayerWork:
 
     def _taps(self) -> tuple[Taps, Taps]:
         started = time.perf_counter()
-        found = original_taps(self.weight, self.layer, self.device), quantized_taps(self.quantized, self.layer)
+        found = taps_of_both(self.weight, self.quantized, self.layer, self.device)
         self.seconds += time.perf_counter() - started
         return found
 
@@ -92,11 +92,12 @@ class LayerWork:
         """Return the layer as the artifact and the report want it."""
         assert self.rounded is not None
         reasons = [text for text in (self.assignment.reason, self.rounded.note) if text]
+        gain = walked.row_gain.get(self.layer.name) if walked else None
         result = QuantizedLayer(
             layer=self.layer,
             role=self.assignment.role,
             granularity=self.assignment.granularity,
-            quantized=_with_gain(self.quantized, walked.row_gain.get(self.layer.name) if walked else None),
+            quantized=_with_gain(replace(self.quantized, taps=None), gain),
             partners=partners(self.layer, pairing.pairs),
             reason="; ".join(reasons),
             clipped_fraction=self.clipped,
@@ -109,26 +110,29 @@ TOGETHER = 2**28
 """Bytes of weights, as stored, that may be on the device at once for one launch: enough to fill any."""
 
 
-def round_together(items: Iterable[LayerWork]) -> None:
-    """Give layers whose codes follow from their weights alone those codes, in few launches for all."""
+def round_together(items: Iterable[LayerWork], with_taps: bool = False) -> None:
+    """Give layers whose codes follow from their weights alone those codes, in few launches for all.
+
+    ``with_taps``: the calibrator will ask for their tap sums.
+    """
     run: list[LayerWork] = []
     size = 0
     for item in items:
         more = item.weight.numel() * item.weight.element_size()
         if run and size + more > TOGETHER:
-            _round_run(run)
+            _round_run(run, with_taps)
             run, size = [], 0
         run.append(item)
         size += more
     if run:
-        _round_run(run)
+        _round_run(run, with_taps)
 
 
-def _round_run(run: Sequence[LayerWork]) -> None:
+def _round_run(run: Sequence[LayerWork], with_taps: bool) -> None:
     """Weights with NaN or Inf are left to each layer's turn, which names the one."""
     started = time.perf_counter()
     try:
-        found = quantize_layers([(item.weight, item.assignment) for item in run], run[0].device)
+        found = quantize_layers([(item.weight, item.assignment) for item in run], run[0].device, with_taps)
     except NonFiniteError:
         return
     seconds = time.perf_counter() - started
