@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ BLOCK = 3 << 14
 SHORT = 32
 """Elements below which segments lie side by side: torch adds up and scales short rows one by one."""
 
-_PATTERN = (2 * (1023 + 52) + 1) << 51
-"""The bits of 1.5 * 2^52."""
+_ROUNDING = 1.5 * 2.0**52
+"""What is added to this is rounded to a whole number, which the low bits of the sum then count."""
 
 
 @dataclass
@@ -38,9 +39,19 @@ class Block:
     number: int = 0
     """Which of the blocks it is."""
 
+    @cached_property
+    def bits(self) -> Tensor:
+        """Int64: the bits of ``term``."""
+        return self.term.view(torch.int64)
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """Int32 room of the block's shape; it is ``term``'s."""
+        return self.term.view(-1).view(torch.int32)[: self.term.numel()].view(self.term.shape)
+
     def narrow(self) -> Tensor:
         """Return float32 room of the block's shape; it is ``term``'s."""
-        return self.term.view(torch.float32)[:, : self.term.shape[1]]
+        return self.whole.view(torch.float32)
 
     def sum_to(self, found: Tensor, terms: Tensor) -> None:
         """Add ``terms`` up along the segments."""
@@ -49,8 +60,10 @@ class Block:
     def store(self, codes: Tensor, offset: int, bits: int, rows: Tensor) -> None:
         """Pack whole numbers of the block's shape, plus ``offset``, into the bytes of its ``rows``."""
         # bytes are sooner made of int32 than of float64, but for those whose order changes
-        room = self.term.view(torch.int32)[:, : self.term.shape[1]]
-        whole = room.copy_(codes) if self.dim else (codes + offset).T
+        if self.dim:
+            whole = self.whole.copy_(codes)
+        else:
+            whole = (torch.add(codes, offset, out=self.term) if offset else codes).T
         if bits == 8:
             target = rows.view(len(rows), -1, whole.shape[1])
             target.copy_(whole.view(target.shape))
@@ -74,6 +87,7 @@ class Segments:
         rows, width = self._weight.shape
         self.count = rows * width // self.length
         self._rows = min(rows, max(1, BLOCK // width))
+        self._groups, self._one_block = width // self.length, self._rows == rows
         self._dim = int(self.length >= SHORT)
         self._room = self._weight.new_empty((3, self._rows * width), dtype=torch.float64)
         self._only: Block | None = None
@@ -93,7 +107,7 @@ class Segments:
             block.wide.copy_(values)
             block.number = number
             yield block
-        self._only = block if self._rows == len(self._weight) else None
+        self._only = block if self._one_block else None
 
     def rows(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of each block of ``values`` [rows, ...]."""
@@ -101,19 +115,19 @@ class Segments:
 
     def each(self, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """Return the part of each block of ``values``, whose dimension ``dim`` is [segments]."""
-        return self._split(values, self._rows * (self.count // len(self._weight)), dim)
+        return self._split(values, self._rows * self._groups, dim)
 
     def across(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return the same of [segments] to be broadcast against the blocks; one number stands for all segments."""
         return self.each(values.expand(self.count).unsqueeze(self._dim), 1 - self._dim)
 
     def _split(self, values: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
-        return torch.split(values, size, dim) if self._rows < len(self._weight) else (values,)
+        return (values,) if self._one_block else torch.split(values, size, dim)
 
     def extremes(self) -> Tensor:
         """Return float32 [3, segments]: largest magnitude, minimum and maximum."""
         if self._dim:
-            segments = self._weight.view(len(self._weight), -1, self.length)
+            segments = self._weight.view(-1, self._groups, self.length)
             minimum, maximum = segments.amin(2).flatten().float(), segments.amax(2).flatten().float()
         else:
             found = self._weight.new_empty((2, self.count), dtype=torch.float64)
@@ -126,36 +140,43 @@ class Segments:
 
 
 class ExactSum:
-    """Totals over each segment of terms rounded half to even to a multiple of 2^exponent, one exponent a segment.
+    """One of ``ExactSums``; see there."""
 
-    A term below 2^(51 + exponent) that is added to 1.5 * 2^(52 + exponent) is rounded so, and the low bits of the sum
-    count the multiples. Bits are added modulo 2^64, so that segments of any length are exact.
-    """
-
-    def __init__(self, segments: Segments, exponent: Tensor) -> None:
-        self._pattern, self._length = ((exponent << 52) + _PATTERN).view(torch.float64), segments.length
-        self._found = exponent.new_empty(segments.count)
-        self._across, self._each = segments.across(self._pattern), segments.each(self._found)
+    def __init__(self, segments: Segments, pattern: Tensor, found: Tensor) -> None:
+        self._across, self._each, self._length = segments.across(pattern), segments.each(found), segments.length
 
     def add(self, block: Block, left: Tensor, right: Tensor) -> None:
         """Find a block's totals of ``left * right``, which must be exact in float64.
 
         Then it does not matter whether the processor contracts product and sum: only the sum is rounded.
         """
-        self._add(block, torch.addcmul(self._across[block.number], left, right, out=block.term))
+        torch.addcmul(self._across[block.number], left, right, out=block.term)
+        block.sum_to(self._each[block.number], block.bits)
 
     def add_terms(self, block: Block, terms: Tensor) -> None:
         """Find a block's totals of ``terms``."""
-        self._add(block, torch.add(terms, self._across[block.number], out=block.term))
-
-    def _add(self, block: Block, found: Tensor) -> None:
-        block.sum_to(self._each[block.number], found.view(torch.int64))
+        torch.add(terms, self._across[block.number], out=block.term)
+        block.sum_to(self._each[block.number], block.bits)
 
     def of(self, block: Block) -> Tensor:
         """Return the multiples, int64 [segments], of the last block."""
         pattern = self._across[block.number].squeeze(block.dim).view(torch.int64)
         return self._each[block.number] - pattern * self._length
 
-    def total(self) -> Tensor:
-        """Return the multiples, int64 [segments], of all."""
-        return self._found - self._pattern.view(torch.int64) * self._length
+
+class ExactSums:
+    """Totals over each segment of terms rounded half to even to multiples of powers of two, ``units``.
+
+    These are float64 [sums, segments]. A term below 2^51 units that is added to 1.5 * 2^52 of them is rounded so, and
+    the low bits of the sum count the multiples. Bits are added modulo 2^64, so that segments of any length are exact.
+    """
+
+    def __init__(self, segments: Segments, units: Tensor) -> None:
+        self._patterns, self._length = units * _ROUNDING, segments.length
+        self._found = torch.empty_like(units, dtype=torch.int64)
+        both = zip(self._patterns.unbind(), self._found.unbind(), strict=True)
+        self.each = [ExactSum(segments, pattern, found) for pattern, found in both]
+
+    def totals(self) -> Tensor:
+        """Return the multiples, int64 [sums, segments], of all."""
+        return self._found - self._patterns.view(torch.int64) * self._length

@@ -32,10 +32,10 @@ def _symmetric_scales(absmax: Tensor, format: CodeFormat) -> Scales:
     if format.grid is Grid.DOREFA:
         levels = 2**format.bits - 1
         # a number over a tensor would be its reciprocal times the number, which rounds twice
-        inverse = torch.where(wide > 0, torch.full_like(wide, levels).div_(2.0 * wide), 0.0)
+        inverse = torch.full_like(wide, levels).div_(2.0 * wide).nan_to_num_(posinf=0.0)
         return Scales(absmax, none, inverse, torch.full_like(wide, levels / 2), none)
     scale = (wide / (2 ** (format.bits - 1) - 1)).float()
-    inverse = torch.where(scale > 0, 1.0 / scale.double(), 0.0)
+    inverse = scale.double().reciprocal_().nan_to_num_(posinf=0.0)
     return Scales(scale, none, inverse, torch.zeros_like(wide), none)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from dfmpc.errors import NonFiniteError
 from torch import Tensor
 
 from .formats import CodeFormat, Grid, Quantized
-from .sums import exponents, fineness, power_of_two, tree_sum
+from .sums import above, fineness, tree_sum
 
 CHUNK = 1 << 16
 """Elements that a reference works on at a time: its float64 temporaries stay in the second-level cache."""
@@ -33,40 +32,50 @@ class Part:
 
 @dataclass(frozen=True)
 class SegmentSums:
-    """What one pass over a weight leaves for every segment; all tensors are [rows, groups]."""
+    """What one pass over a weight leaves for every segment."""
 
     absmax: Tensor
-    """float32: largest magnitude."""
-    bound: Tensor
-    """float32: no quantized magnitude is above it (asymmetric grid; elsewhere the same as ``absmax``)."""
-    squares: Tensor
-    """int64: exact total of w² on the grid of 2^(2e - fineness)."""
-    dots: Tensor
-    """int64: exact total of code times weight; the unit is the grid's."""
-    norms: Tensor
-    """int64: total of squared codes; the unit is the grid's."""
+    """float32 [rows, groups]: largest magnitude."""
+    units: Tensor
+    """float64 [3, rows, groups]: what ``totals`` count; see ``units_of``."""
+    totals: Tensor
+    """int64 [3, rows, groups]: exact totals of w², of level times w, and of squared levels."""
     zeros: Tensor
-    """int64: values that are exactly zero."""
+    """int64 [rows, groups]: values that are exactly zero."""
 
     @classmethod
     def joined(cls, parts: list[tuple[Tensor, ...]], rows: int) -> SegmentSums:
-        """Put the parts of rows side by side: of each the fields in the order of their declaration, [segments]."""
+        """Put the parts of rows side by side: of each the fields in the order of their declaration, [..., segments]."""
         return cls(*(join_parts(fields, rows) for fields in zip(*parts, strict=True)))
-
-    @cached_property
-    def exponent(self) -> Tensor:
-        """int64: no weight is above 2^exponent."""
-        return exponents(self.absmax)
 
     def cpu(self) -> SegmentSums:
         """Return the same on the CPU."""
-        fields = self.absmax, self.bound, self.squares, self.dots, self.norms, self.zeros
-        return SegmentSums(*(tensor.cpu() for tensor in fields))
+        return SegmentSums(*(tensor.cpu() for tensor in (self.absmax, self.units, self.totals, self.zeros)))
+
+    def sums(self) -> Tensor:
+        """Return float64 [3, rows, groups], each rounded once."""
+        return self.totals.double().mul_(self.units)
 
 
 def join_parts(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """Return [rows, groups] of numbers a segment, [segments], of every part of a row."""
-    return parts[0].view(rows, -1) if len(parts) == 1 else torch.cat([part.view(rows, -1) for part in parts], 1)
+    """Return [..., rows, groups] of numbers a segment, [..., segments], of every part of a row."""
+    views = [part.view(*part.shape[:-1], rows, -1) for part in parts]
+    return views[0] if len(views) == 1 else torch.cat(views, -1)
+
+
+def units_of(format: CodeFormat, absmax: Tensor, bound: Tensor) -> Tensor:
+    """Return the powers of two that totals of w², vw and v² count, float64 [3, ...] of ``absmax`` and ``bound`` [...].
+
+    Here v is the level or, on the asymmetric grid, the value, of |v| <= ``bound``.
+    """
+    largest, fine = above(absmax), 2.0 ** -fineness(format.group_size)
+    if format.grid is Grid.ASYMMETRIC:
+        reach = above(bound)
+        return torch.stack([largest * largest, largest * reach, reach * reach]).mul_(fine)
+    highest = 1.0 if format.grid is Grid.TERNARY else 2.0 ** (format.bits - 1)
+    # a level of DoReFa is u - L/2, the half of an odd number: the square of one counts quarters
+    whole = torch.full_like(largest, 0.25 if format.grid is Grid.DOREFA else 1.0)
+    return torch.stack([largest * largest * fine, largest * (highest * fine), whole])
 
 
 def check_weight(weight: Tensor, group_size: int) -> None:
@@ -147,24 +156,23 @@ def require_finite(absmax: Tensor) -> None:
 
 
 def finish(
-    format: CodeFormat,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    sums: SegmentSums,
-    *,
-    dot_unit: Tensor,
-    norm_unit: Tensor,
+    format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, sums: SegmentSums, step: Tensor | None
 ) -> Quantized:
-    """Turn a pass's integer totals (on the CPU) into row statistics; the units are float64 [rows, groups]."""
-    square_unit = power_of_two(2 * sums.exponent - fineness(format.group_size))
+    """Turn a pass's totals (on the CPU) into row statistics.
+
+    ``step`` is what a level is worth, float64 [rows, groups] or [1, 1]; None where levels are values.
+    """
+    found = sums.sums()
+    if step is not None:
+        found[1:] *= torch.stack([step, step * step])
+    original_norm, dot, quantized_norm = tree_sum(found, 2).unbind()
     return Quantized(
         format=format,
         codes=codes,
         scale=scale,
         zero_point=zero_point,
-        dot=tree_sum(sums.dots.double() * dot_unit, 1),
-        quantized_norm=tree_sum(sums.norms.double() * norm_unit, 1),
-        original_norm=tree_sum(sums.squares.double() * square_unit, 1),
+        dot=dot,
+        quantized_norm=quantized_norm,
+        original_norm=original_norm,
         zeros=sums.zeros.sum(1),
     )

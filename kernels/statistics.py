@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .blocks import ExactSum, Segments
+from .blocks import ExactSums, Segments
 from .device import exponent_of, two_to_the
 from .formats import Grid
 from .launch import use_triton
 from .segments import check_weight, code_format, join_parts, row_parts
-from .sums import exponents, fineness, power_of_two
+from .sums import above, fineness
 from .table import Batch
 from .tiles import add_two, item_of, largest_bits, load_tile, segments_of, tile_range, tile_sums, without_pattern
 
@@ -61,12 +61,13 @@ def _group_count(length: int, group_size: int) -> int:
 def _segment_totals(segments: Segments, bits: int) -> tuple[Tensor, ...]:
     """Return the fields of ``_Totals``, [segments] each."""
     extremes = segments.extremes()
-    exponent = exponents(extremes[0])
-    magnitudes, squares = ExactSum(segments, exponent - bits), ExactSum(segments, 2 * exponent - bits)
+    largest = above(extremes[0])
+    sums = ExactSums(segments, torch.stack([largest, largest * largest]).mul_(2.0**-bits))
+    magnitudes, squares = sums.each
     for block in segments.blocks():
         magnitudes.add_terms(block, torch.abs(block.wide, out=block.level))
         squares.add(block, block.wide, block.wide)
-    return *extremes, magnitudes.total(), squares.total()
+    return *extremes, *sums.totals()
 
 
 @jit
@@ -185,10 +186,9 @@ def statistics_batch(batch: Batch) -> list[RowStatistics]:
 
 
 def _finish(totals: _Totals, bits: int) -> RowStatistics:
-    exponent = exponents(totals.absmax)
-    finite = torch.isfinite(totals.absmax)
-    abs_sum = totals.abs_total.double() * power_of_two(exponent - bits)
-    square_sum = totals.square_total.double() * power_of_two(2 * exponent - bits)
+    largest, finite = above(totals.absmax), torch.isfinite(totals.absmax)
+    abs_sum = totals.abs_total.double() * (largest * 2.0**-bits)
+    square_sum = totals.square_total.double() * (largest * largest * 2.0**-bits)
     return RowStatistics(
         absmax=totals.absmax,
         minimum=totals.minimum + 0.0,  # the sign of a zero would depend on the order of comparison

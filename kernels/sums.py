@@ -22,12 +22,17 @@ def fineness(length: int) -> int:
 def exponents(absmax: Tensor) -> Tensor:
     """Return int64 e with ``absmax < 2^e``, read from the float32 exponent field (denormals and zero: -125)."""
     field = absmax.contiguous().view(torch.int32) >> 23
-    return field.clamp(min=1).to(torch.int64) - 126
+    return field.clamp_(min=1).to(torch.int64).sub_(126)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """Return 2^exponent in float64 for int64 exponents in -1022..1023."""
-    return ((exponent + 1023) << 52).view(torch.float64)
+    return (exponent + 1023).bitwise_left_shift_(52).view(torch.float64)
+
+
+def above(absmax: Tensor) -> Tensor:
+    """Return float64 2^e with ``absmax < 2^e``, e as in ``exponents``."""
+    return power_of_two(exponents(absmax))
 
 
 def exact_total(terms: Tensor) -> Tensor:

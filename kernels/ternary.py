@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .blocks import Block, ExactSum, Segments
+from .blocks import Block, ExactSum, ExactSums, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .optimum import optimal_thresholds
-from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_parts, segment_sizes
+from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_parts, segment_sizes, units_of
 from .statistics import row_statistics_reference, statistics_batch
-from .sums import exponents, fineness, power_of_two, tree_sum
+from .sums import tree_sum
 from .table import Batch
 from .tap_sums import check_taps
 from .tapped import TappedLaunch, with_taps
@@ -36,16 +36,17 @@ def _layer_threshold(abs_sum: Tensor, count: int) -> Tensor:
     return _threshold(tree_sum(abs_sum[:, 0], 0)[None], count)
 
 
-def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor) -> tuple[Tensor, ...]:
+def _encode(segments: Segments, format: CodeFormat, given: Tensor | None, packed: Tensor) -> tuple[Tensor, ...]:
     """Write the codes of ``segments`` to ``packed`` and return the fields of ``SegmentSums``.
 
     ``given`` is the float32 threshold of each or of all; without one it is TWN's.
     """
     absmax = segments.extremes()[0]
-    unit = exponents(absmax) - bits
-    squares, magnitudes, kept = (ExactSum(segments, grid) for grid in (2 * unit + bits, unit, unit))
+    units = units_of(format, absmax, absmax)
+    sums = ExactSums(segments, units[[0, 1, 1]])
+    squares, kept, magnitudes = sums.each
     number = torch.zeros_like(absmax, dtype=torch.float64)
-    numbers, rows, steps = segments.each(number), segments.rows(packed), segments.each(power_of_two(unit))
+    numbers, rows, steps = segments.each(number), segments.rows(packed), segments.each(units[1])
     thresholds = () if given is None else segments.across(given.double())
     for block in segments.blocks():
         squares.add(block, block.wide, block.wide)
@@ -60,8 +61,9 @@ def _encode(segments: Segments, bits: int, given: Tensor | None, packed: Tensor)
         sign = beyond.mul_(torch.sign(block.wide, out=block.term))
         block.store(sign, 1, 2, rows[block.number])
         kept.add(block, block.wide, sign)
-    count = number.long()
-    return absmax, absmax, squares.total(), kept.total(), count, segments.length - count
+    totals, count = sums.totals(), number.long()
+    totals[2] = count
+    return absmax, units, totals, segments.length - count
 
 
 def _twn_threshold(block: Block, magnitudes: ExactSum, step: Tensor) -> Tensor:
@@ -103,8 +105,9 @@ def ternary_batch(batch: Batch, rule: Rule = "twn", taps: Sequence[int] = ()) ->
     found = []
     for entry in batch.entries:
         absmax, squares, kept, count = map(entry.segmented, sums)
-        totals = SegmentSums(absmax, absmax, squares, kept, count.long(), segment_sizes(entry.format) - count)
-        found.append(_finish(entry.format, entry.packed(packed), totals))
+        units, totals = units_of(entry.format, absmax, absmax), torch.stack([squares, kept, count.long()])
+        summed = SegmentSums(absmax, units, totals, segment_sizes(entry.format) - count)
+        found.append(_finish(entry.format, entry.packed(packed), summed))
     return tapped.added(batch.entries, found)
 
 
@@ -122,14 +125,11 @@ def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
     """Derive the scale from the kept magnitudes and their count, and the row statistics from all."""
     sums = sums.cpu()
     require_finite(sums.absmax)
-    unit = power_of_two(sums.exponent - fineness(format.group_size))
-    kept, count = sums.dots.double() * unit, sums.norms
+    kept, count = sums.sums()[1], sums.totals[2]
     if format.layer_wise:
         kept, count = tree_sum(kept, 0)[None], count.sum(0)[None]
     scale = torch.where(count > 0, kept / count.clamp(min=1), 0.0).float()
-    wide = scale.double()
-    dot_unit, norm_unit = wide * unit, (wide * wide).expand_as(unit)
-    return finish(format, codes, scale.to(codes.device), None, sums, dot_unit=dot_unit, norm_unit=norm_unit)
+    return finish(format, codes, scale.to(codes.device), None, sums, scale.double())
 
 
 def ternary_reference(
@@ -161,7 +161,7 @@ def ternary_reference(
     for part in row_parts(length, format.group_size):
         given = None if threshold is None else threshold[:, part.groups].flatten()
         segments = Segments(weight, part)
-        found.append(_encode(segments, fineness(format.group_size), given, packed[:, part.bytes(2)]))
+        found.append(_encode(segments, format, given, packed[:, part.bytes(2)]))
     return with_taps(_finish(format, packed, SegmentSums.joined(found, rows)), weight, taps)
 
 

@@ -7,14 +7,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import Block, ExactSum, Segments
+from .blocks import Block, ExactSums, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .packing import unpack_reference
 from .scales import Scales, scales_of
-from .segments import SegmentSums, code_format, finish, join_parts, nothing, require_finite, row_parts, segment_sizes
+from .segments import (
+    SegmentSums,
+    code_format,
+    finish,
+    join_parts,
+    nothing,
+    require_finite,
+    row_parts,
+    segment_sizes,
+    units_of,
+)
 from .statistics import RowStatistics, row_statistics_reference, statistics_batch
-from .sums import exponents, fineness, power_of_two
 from .table import Batch
 from .uniform_kernel import uniform_kernel
 
@@ -64,7 +73,9 @@ def _encode(
     absmax, bound = extremes[0], extremes[0]
     if format.grid is Grid.ASYMMETRIC:
         bound = absmax + scales.spread
-    squares, dots, norms = _sums(segments, format, absmax, bound)
+    units = units_of(format, absmax, bound)
+    sums = ExactSums(segments, units)
+    squares, dots, norms = sums.each
     zeros = torch.zeros_like(absmax, dtype=torch.float64)
     grid = _Steps(segments, format, scales, clip, packed)
     each = segments.each(zeros)
@@ -75,18 +86,7 @@ def _encode(
         norms.add(block, block.level, block.level)
         if format.grid is not Grid.DOREFA:  # whose levels are halves; see _finish
             block.sum_to(each[block.number], torch.eq(block.level, 0, out=block.term))
-    return scales, (absmax, bound, squares.total(), dots.total(), norms.total(), zeros.long())
-
-
-def _sums(segments: Segments, format: CodeFormat, absmax: Tensor, bound: Tensor) -> list[ExactSum]:
-    """Return sums of w², vw and v², where v is the level or, on the asymmetric grid, the value, of |v| <= ``bound``."""
-    bits, exponent = fineness(format.group_size), exponents(absmax)
-    if format.grid is Grid.ASYMMETRIC:
-        reach = exponents(bound)
-        return [ExactSum(segments, unit - bits) for unit in (2 * exponent, exponent + reach, 2 * reach)]
-    # a level of DoReFa is u - L/2, the half of an odd number: its totals count halves and quarters
-    whole = exponent.new_tensor([-2 if format.grid is Grid.DOREFA else 0])
-    return [ExactSum(segments, unit) for unit in (2 * exponent - bits, exponent + (format.bits - 1 - bits), whole)]
+    return scales, (absmax, units, sums.totals(), zeros.long())
 
 
 class _Steps:
@@ -99,7 +99,7 @@ class _Steps:
         self._affine = [segments.across(values) for values in affine]
 
     def round(self, block: Block) -> None:
-        """Store the codes and leave in ``level`` what stands for the values; see ``_sums``."""
+        """Store the codes and leave in ``level`` what stands for the values; see ``units_of``."""
         format, rows = self._format, self._rows[block.number]
         level, width, highest = block.level, format.bits, 2**format.bits - 1
         torch.mul(block.wide, self._inverse[block.number], out=level)
@@ -183,30 +183,24 @@ def _segment_sums(
     format: CodeFormat, absmax: Tensor, bound: Tensor, squares: Tensor, dots: Tensor, norms: Tensor, count: Tensor
 ) -> SegmentSums:
     """Put together what the kernel wrote; a zero of DoReFa is where a denormal scale underflows, see ``_finish``."""
-    bound = bound if format.grid is Grid.ASYMMETRIC else absmax
+    units, totals = units_of(format, absmax, bound), torch.stack([squares, dots, norms])
     zeros = torch.zeros_like(squares) if format.grid is Grid.DOREFA else segment_sizes(format) - count
-    return SegmentSums(absmax, bound, squares, dots, norms, zeros)
+    return SegmentSums(absmax, units, totals, zeros)
 
 
 def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor, sums: SegmentSums) -> Quantized:
-    """Turn totals into row statistics: the unit of a total is its grid times the scale of an integer."""
+    """Turn totals into row statistics: a level is worth a step."""
     sums, wide = sums.cpu(), scale.cpu().double()
     require_finite(sums.absmax)
-    bits, exponent = fineness(format.group_size), sums.exponent
     if format.grid is Grid.ASYMMETRIC:
-        reach = exponents(sums.bound)
-        units = power_of_two(exponent + reach - bits), power_of_two(2 * reach - bits)
-    else:
-        dorefa = format.grid is Grid.DOREFA
-        step = wide / (2**format.bits - 1) if dorefa else wide
-        width = format.bits if dorefa else format.bits - 1
-        units = step * power_of_two(exponent + width - bits), (step * step).expand_as(exponent)
-    if format.grid is Grid.DOREFA and bool(wide.amin() <= _UNDERFLOW):
+        return finish(format, codes, scale, zero_point, sums, None)
+    if format.grid is Grid.SYMMETRIC:
+        return finish(format, codes, scale, None, sums, wide)
+    if float(scale.amin()) <= _UNDERFLOW:
         small, zeros = (wide <= _UNDERFLOW).any(1).expand(len(codes)), sums.zeros.clone()
         zeros[small] = _underflows(format, codes.cpu()[small], wide if format.layer_wise else wide[small])
         sums = replace(sums, zeros=zeros)
-    point = zero_point if format.grid is Grid.ASYMMETRIC else None
-    return finish(format, codes, scale, point, sums, dot_unit=units[0], norm_unit=units[1])
+    return finish(format, codes, scale, None, sums, 2.0 * wide / (2**format.bits - 1))
 
 
 _UNDERFLOW = 2.0**-140
