@@ -55,7 +55,7 @@ PLANS = {
 
 @contextmanager
 def launching(patch: pytest.MonkeyPatch, kernels: bool) -> Iterator[Counter[str]]:
-    """Launch the kernels, here in the interpreter, as a GPU would; count the requests for taps and passes over weights."""
+    """Launch the kernels, here in the interpreter, as a GPU would; count requests for taps and passes over weights."""
     seen: Counter[str] = Counter()
 
     def grouped(requests: Sequence[Request]) -> list[Quantized]:
