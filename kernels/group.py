@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .factors import factor_columns
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .segments import code_format, nothing
@@ -27,6 +28,8 @@ class Request:
     bits: int
     group_size: int
     layer_wise: bool = False
+    factor: Tensor | None = None
+    """float32 [in]: what multiplies the weight's input channels before everything else; for uniform grids."""
     taps: int = 0
     """Neighbours whose sums are wanted too, for ternary codes; 0: none (``Quantized.taps``)."""
 
@@ -35,6 +38,8 @@ class Request:
         """The format of the codes. Raises ValueError where the request cannot be met."""
         if self.grid is Grid.TERNARY and self.bits != 2:
             raise ValueError(f"bits is {self.bits} for ternary codes; they take 2")
+        if self.grid is Grid.TERNARY and self.factor is not None:
+            raise ValueError("factor is given for ternary codes; only uniform grids take one")
         self._check_taps()
         return code_format(self.weight, self.grid, self.bits, self.group_size, self.layer_wise)
 
@@ -43,6 +48,11 @@ class Request:
             raise ValueError(f"taps is {self.taps} for {self.grid} codes; only ternary codes come with tap sums")
         if self.taps:
             check_taps(self.weight, self.taps)
+
+    @property
+    def columns(self) -> Tensor | None:
+        """The factor of each column, float32 [length] on the CPU. Raises ValueError where there cannot be one."""
+        return None if self.factor is None else factor_columns(self.factor.cpu(), self.weight.shape[1])
 
 
 def quantize_group(requests: Sequence[Request]) -> list[Quantized]:
@@ -63,8 +73,9 @@ def quantize_group_triton(requests: Sequence[Request]) -> list[Quantized]:
     """Launch the kernels over all requests; see ``quantize_group``."""
     formats = [request.format for request in requests]
     weights = [request.weight for request in requests]
+    factors = [request.columns for request in requests]
     results: dict[int, Quantized] = {}
-    for batch, places in batches_of(weights, formats):
+    for batch, places in batches_of(weights, formats, factors):
         if batch.entries[0].format.grid is Grid.TERNARY:
             found = ternary_batch(batch, taps=[requests[place].taps for place in places])
         else:
@@ -82,4 +93,4 @@ def _alone(request: Request) -> Quantized:
     weight, size, whole = request.weight, request.group_size, request.layer_wise
     if request.grid is Grid.TERNARY:
         return ternary(weight, group_size=size, layer_wise=whole, taps=request.taps)
-    return uniform(weight, request.bits, request.grid, group_size=size, layer_wise=whole)
+    return uniform(weight, request.bits, request.grid, group_size=size, layer_wise=whole, factor=request.factor)

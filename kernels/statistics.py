@@ -10,12 +10,21 @@ from torch import Tensor
 from ._triton import jit, tl
 from .blocks import ExactSums, Segments
 from .device import exponent_of, two_to_the
+from .factors import factors_of, load_products
 from .formats import Grid
 from .launch import use_triton
 from .segments import check_weight, code_format, join_parts, row_parts
 from .sums import above, fineness
 from .table import Batch
-from .tiles import add_two, item_of, largest_bits, load_tile, segments_of, tile_range, tile_sums, without_pattern
+from .tiles import (
+    add_two,
+    item_of,
+    largest_bits,
+    segments_of,
+    tile_range,
+    tile_sums,
+    without_pattern,
+)
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,17 @@ def statistics_kernel(
     maximum_ptr: tl.tensor,
     abs_ptr: tl.tensor,
     square_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
     FINENESS: tl.constexpr,
     DTYPE: tl.constexpr,
     KINDS: tl.constexpr,
     WARPS: tl.constexpr,
+    FACTORED: tl.constexpr = False,
 ) -> None:
-    """Extremes of segments, then sum rint(|w| 2^(F-e)) and sum rint(w² 2^(F-2e)) with max|w| < 2^e."""
+    """Extremes of segments, then sum rint(|w| 2^(F-e)) and sum rint(w² 2^(F-2e)) with max|w| < 2^e.
+
+    Where FACTORED, w is the float32 product of a weight and what ``factors`` (Batch.factors) has for its column.
+    """
     item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
@@ -96,6 +110,7 @@ def statistics_kernel(
                 maximum_ptr,
                 abs_ptr,
                 square_ptr,
+                factors_ptr,
                 FINENESS,
                 DTYPE,
                 max(1, 32 * WARPS // (KINDS[k] // 4096)),
@@ -104,6 +119,7 @@ def statistics_kernel(
                 KINDS[k] // 64 % 64,
                 KINDS[k] // 2 % 2 == 1,
                 KINDS[k] % 2 == 1,
+                FACTORED,
             )
 
 
@@ -116,6 +132,7 @@ def _statistics_tile(
     maximum_ptr: tl.tensor,
     abs_ptr: tl.tensor,
     square_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
     FINENESS: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,20 +141,24 @@ def _statistics_tile(
     NC: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
+    FACTORED: tl.constexpr,
 ) -> None:
     STEP: tl.constexpr = NC * T * V
     here, m_row, count, o_output, _ = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
+    factor = here
+    if FACTORED:
+        factor = factors_of(factors_ptr, item_ptr, o_output, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     b_low = tl.full((ROWS, T), float("inf"), dtype=tl.float32)
     b_high = tl.full((ROWS, T), float("-inf"), dtype=tl.float32)
     if LOOP:
         for first in range(0, count, STEP):
-            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            chunks = load_products(here, factor, m_row, count, first, T, V, NC, ALIGNED, FACTORED)
             b_bits = tl.maximum(b_bits, largest_bits(chunks, ROWS, T, NC))
             b_least, b_most = tile_range(chunks, m_row, count, first, ROWS, T, V, NC, ALIGNED)
             b_low, b_high = tl.minimum(b_low, b_least), tl.maximum(b_high, b_most)
     else:
-        chunks = load_tile(here, m_row, count, 0, T, V, NC, ALIGNED)
+        chunks = load_products(here, factor, m_row, count, 0, T, V, NC, ALIGNED, FACTORED)
         b_bits = largest_bits(chunks, ROWS, T, NC)
         b_low, b_high = tile_range(chunks, m_row, count, 0, ROWS, T, V, NC, ALIGNED)
     b_absmax = tl.max(b_bits, axis=1).to(tl.float32, bitcast=True)
@@ -149,7 +170,7 @@ def _statistics_tile(
     if LOOP:
         steps = (count + STEP - 1) // STEP
         for first in range(0, count, STEP):
-            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            chunks = load_products(here, factor, m_row, count, first, T, V, NC, ALIGNED, FACTORED)
             b_some, b_more = tile_sums(chunks, b_unit, FINENESS, ROWS, T, NC)
             b_sum += b_some
             b_square += b_more
@@ -180,8 +201,9 @@ def statistics_batch(batch: Batch) -> list[RowStatistics]:
     """Launch the kernel once over all tensors of ``batch``; see ``row_statistics_reference``."""
     floats = [batch.flat(torch.float32) for _ in range(3)]
     totals = [batch.flat(torch.int64) for _ in range(2)]
-    batch.launch(statistics_kernel, *floats, *totals, FINENESS=batch.fineness)
-    found = (_Totals(*(entry.segmented(flat) for flat in (*floats, *totals))) for entry in batch.entries)
+    outputs = (*floats, *totals)
+    batch.launch(statistics_kernel, *outputs, batch.factors, FINENESS=batch.fineness, FACTORED=batch.factored)
+    found = (_Totals(*(entry.segmented(flat) for flat in outputs)) for entry in batch.entries)
     return [_finish(one, batch.fineness) for one in found]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ class Entry:
     """Where its segments begin in the launch's flat outputs: segment = first + row * groups + group."""
     first_byte: int
     """Where its codes begin in the launch's flat bytes; a multiple of 16."""
+    factor: Tensor | None = None
+    """float32 [length] on the CPU: what multiplies each column before everything else."""
 
     @property
     def segments(self) -> slice:
@@ -81,25 +84,31 @@ class Entry:
 
 @dataclass
 class Batch:
-    """Tensors of one type, width of code and fineness that one launch works on, and the launch's flat sizes."""
+    """Tensors of one type, width of code and fineness that one launch works on, and the launch's flat sizes.
+
+    Either all or none of them have a factor.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     segments: int = 0
     bytes: int = 0
 
-    def add(self, weight: Tensor, format: CodeFormat) -> None:
-        """Take in a contiguous [rows, length] of at least one element. Raises ValueError for rows without end."""
+    def add(self, weight: Tensor, format: CodeFormat, factor: Tensor | None = None) -> None:
+        """Take in a contiguous [rows, length] of at least one element; ``factor``, float32 [length], is on the CPU.
+
+        Raises ValueError for rows without end.
+        """
         if format.group_size > LONGEST:
             raise ValueError(f"segments of {format.group_size} elements; a kernel takes {LONGEST} at most: use groups")
-        self.entries.append(Entry(weight, format, self.segments, self.bytes))
+        self.entries.append(Entry(weight, format, self.segments, self.bytes, factor))
         self.segments += weight.shape[0] * format.groups
         self.bytes += -(-weight.shape[0] * format.row_bytes // 16) * 16
 
     @classmethod
-    def of(cls, weight: Tensor, format: CodeFormat) -> Batch:
+    def of(cls, weight: Tensor, format: CodeFormat, factor: Tensor | None = None) -> Batch:
         """Return the batch of one tensor of at least one element."""
         batch = cls()
-        batch.add(weight.contiguous(), format)
+        batch.add(weight.contiguous(), format, factor)
         return batch
 
     @property
@@ -108,9 +117,34 @@ class Batch:
         return self.entries[0].weight.device
 
     @property
+    def dtype(self) -> str:
+        """The tensors' type, as the kernels take it."""
+        return _DTYPES[self.entries[0].weight.dtype]
+
+    @property
     def fineness(self) -> int:
         """Fraction bits of the sums, the same for all (sums.fineness)."""
         return fineness(self.entries[0].format.group_size)
+
+    @property
+    def factored(self) -> bool:
+        """Whether the tensors have factors."""
+        return self.entries[0].factor is not None
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """What multiplies the columns, on the device: int64 [tensors, 4], and behind it the float32 factors.
+
+        The four: where the tensor's factor begins, in int64; its first segment; segments of a row; elements of one.
+        Nothing where there are none.
+        """
+        given = [(entry, entry.factor.numpy()) for entry in self.entries if entry.factor is not None]
+        # loads of 16 bytes want to begin with four floats
+        columns = [np.pad(factor, (0, -len(factor) % 4)).view(np.int64) for _, factor in given]
+        starts = np.cumsum([4 * len(given), *map(len, columns)])
+        formats = [(entry.first_segment, entry.format.groups, entry.format.group_size) for entry, _ in given]
+        rows = [np.asarray([start, *numbers]) for start, numbers in zip(starts, formats, strict=False)]
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows, *columns])).to(self.device)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """Allocate one number a segment, without filling."""
@@ -138,14 +172,14 @@ class Batch:
         kinds = all_kinds if mixed else tuple(dict.fromkeys(chosen))
         for row, tile in zip(rows, chosen, strict=True):
             row.append(kinds.index(tile))
-        table, programs = _on(self.device, rows, [tile.rows for tile in chosen])
+        table, programs = sent_to(self.device, rows, [tile.rows for tile in chosen])
         with on_device(table):
             kernel[(len(programs) // 2,)](
                 table,
                 programs,
                 *outputs,
                 **constants,
-                DTYPE=_DTYPES[self.entries[0].weight.dtype],
+                DTYPE=self.dtype,
                 KINDS=tuple(tile.code for tile in kinds),
                 WARPS=chosen[0].warps,
                 num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
@@ -188,7 +222,7 @@ def _warp_threads() -> int:
     return LANES if torch.version.hip is None else 2 * LANES
 
 
-def _on(device: torch.device, rows: Sequence[Sequence[int]], tile_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def sent_to(device: torch.device, rows: Sequence[Sequence[int]], tile_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Send the table, int64 [items * FIELDS], and the programs, int32 (item, tile) pairs, to ``device`` at once."""
     table = np.asarray(rows, dtype=np.int64)
     counts = -(-table[:, 3] // np.asarray(tile_rows))
@@ -201,17 +235,22 @@ def _on(device: torch.device, rows: Sequence[Sequence[int]], tile_rows: Sequence
     return sent[: table.size], sent[table.size :].view(torch.int32)
 
 
-def batches_of(weights: Sequence[Tensor], formats: Sequence[CodeFormat]) -> list[tuple[Batch, list[int]]]:
+def batches_of(
+    weights: Sequence[Tensor], formats: Sequence[CodeFormat], factors: Sequence[Tensor | None] | None = None
+) -> list[tuple[Batch, list[int]]]:
     """Put tensors that one launch can do together into batches; each comes with the tensors' places in ``weights``.
 
-    A launch has one type of weight, grid, width of code and fineness; tensors without elements are in none.
+    A launch has one type of weight, grid, width of code and fineness, and factors (Batch.add) for all or none;
+    tensors without elements are in none.
     """
     found: dict[object, tuple[Batch, list[int]]] = {}
     for place, (weight, format) in enumerate(zip(weights, formats, strict=True)):
         if weight.numel() == 0:
             continue
-        alike = (weight.device, weight.dtype, format.grid, format.bits, format.layer_wise, fineness(format.group_size))
+        factor = factors[place] if factors else None
+        codes = format.grid, format.bits, format.layer_wise, fineness(format.group_size)
+        alike = (weight.device, weight.dtype, *codes, factor is None)
         batch, places = found.setdefault(alike, (Batch(), []))
-        batch.add(weight.contiguous(), format)
+        batch.add(weight.contiguous(), format, factor)
         places.append(place)
     return list(found.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 from .blocks import Block, ExactSum, ExactSums, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
-from .optimum import optimal_thresholds
+from .optimum import optimal_thresholds_reference, thresholds_batch
 from .segments import SegmentSums, code_format, finish, nothing, require_finite, row_parts, segment_sizes, units_of
 from .statistics import row_statistics_reference, statistics_batch
 from .sums import tree_sum
@@ -97,7 +97,7 @@ def ternary_batch(batch: Batch, rule: Rule = "twn", taps: Sequence[int] = ()) ->
     threshold = _layer_thresholds(batch) if layer_wise else absmax
     given = "tensor" if layer_wise else ""
     if rule == "exact":
-        threshold = torch.cat([optimal_thresholds(entry.weight, entry.format).flatten() for entry in batch.entries])
+        threshold = thresholds_batch(batch)
         given = "tensor" if layer_wise else "segment"
     outputs, tapped = (packed, absmax, squares, kept, count), TappedLaunch(batch, taps)
     batch.launch(ternary_kernel, threshold, *outputs, GIVEN=given, FINENESS=batch.fineness, **tapped.arguments())
@@ -151,7 +151,7 @@ def ternary_reference(
         return with_taps(nothing(format, weight), weight, taps)
     (rows, length), threshold = weight.shape, None
     if rule == "exact":
-        threshold = optimal_thresholds(weight, format)
+        threshold = optimal_thresholds_reference(weight, format)
     elif layer_wise:
         statistics = row_statistics_reference(weight, length)
         require_finite(statistics.absmax)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block, ExactSums, Segments
+from .factors import factor_columns, multiplied
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .packing import unpack_reference
@@ -47,21 +48,6 @@ def clipped(extremes: Tensor, clip: float) -> Tensor:
     shrunk = extremes * torch.tensor(clip, dtype=torch.float32)
     shrunk[1:] = torch.where(extremes[1] == extremes[2], extremes[1:], shrunk[1:])
     return shrunk
-
-
-def multiplied(weight: Tensor, factor: Tensor) -> Tensor:
-    """Return float32 ``weight`` [rows, length] times its input channel's ``factor``, float32 [in], rounded once.
-
-    Raises:
-        ValueError: ``factor`` is of another type, or its channels do not divide the rows.
-    """
-    channels, length = factor.numel(), weight.shape[1]
-    if factor.dtype is not torch.float32 or factor.dim() != 1 or not channels or length % channels:
-        raise ValueError(
-            f"factor is {factor.dtype} with shape {tuple(factor.shape)} for rows of {length}; expected float32 "
-            "[in_channels], which divide them"
-        )
-    return weight.float() * factor.to(weight.device).repeat_interleave(length // channels)
 
 
 def _encode(
@@ -130,10 +116,10 @@ def uniform_triton(
     clip: float = 1.0,
     factor: Tensor | None = None,
 ) -> Quantized:
-    """Launch the kernel on one tensor; see ``uniform_reference``. A ``factor`` takes a pass of its own."""
+    """Launch the kernel on one tensor; see ``uniform_reference``."""
     format = _uniform_format(weight, bits, grid, group_size, layer_wise, clip)
-    weight = weight if factor is None else multiplied(weight, factor)
-    return uniform_batch(Batch.of(weight, format), clip)[0] if weight.numel() else nothing(format, weight)
+    columns = None if factor is None else factor_columns(factor.cpu(), format.length)
+    return uniform_batch(Batch.of(weight, format, columns), clip)[0] if weight.numel() else nothing(format, weight)
 
 
 def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
@@ -155,11 +141,13 @@ def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
         *floats,
         *totals,
         count,
+        batch.factors,
         GRID=format.grid.value,
         BITS=format.bits,
         LAYER_WISE=format.layer_wise,
         FINENESS=batch.fineness,
         CLIPPED=clip != 1 and not format.layer_wise,
+        FACTORED=batch.factored,
     )
     layers = _layer_factors(extremes.cpu(), batch) if format.layer_wise else None
     sums = [flat.cpu() for flat in (*floats, *totals, count)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ._triton import jit, tl
 from .device import exponent_of, two_to_the
+from .factors import factors_of, load_products
 from .scales import scales_kernel
 from .tiles import (
     add_four,
     chunk_mask,
     item_of,
     largest_bits,
-    load_tile,
     rounded_pattern,
     segments_of,
     store_tile,
@@ -33,6 +33,7 @@ def uniform_kernel(
     dot_ptr: tl.tensor,
     norm_ptr: tl.tensor,
     count_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     LAYER_WISE: tl.constexpr,
@@ -41,12 +42,14 @@ def uniform_kernel(
     KINDS: tl.constexpr,
     WARPS: tl.constexpr,
     CLIPPED: tl.constexpr = False,
+    FACTORED: tl.constexpr = False,
 ) -> None:
     """Codes u = clip(rint(w * inverse + offset)) in float64, half to even; totals of w², code times w and code².
 
     ``count``: the values that are not zero (not for DoReFa). ``scale`` and the next are not written where LAYER_WISE:
     scales then follow from ``extremes`` [tensors, 3].
     Where CLIPPED, ``extremes`` [tensors] is the fraction of a segment's range that its scale spans.
+    Where FACTORED, w is the float32 product of a weight and what ``factors`` (Batch.factors) has for its column.
     """
     item_ptr, i_tile, kind = item_of(table_ptr, programs_ptr)
     for k in tl.static_range(len(KINDS)):
@@ -64,6 +67,7 @@ def uniform_kernel(
                 dot_ptr,
                 norm_ptr,
                 count_ptr,
+                factors_ptr,
                 GRID,
                 BITS,
                 LAYER_WISE,
@@ -76,6 +80,7 @@ def uniform_kernel(
                 KINDS[k] // 2 % 2 == 1,
                 KINDS[k] % 2 == 1,
                 CLIPPED,
+                FACTORED,
             )
 
 
@@ -93,6 +98,7 @@ def _uniform_tile(
     dot_ptr: tl.tensor,
     norm_ptr: tl.tensor,
     count_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     LAYER_WISE: tl.constexpr,
@@ -105,22 +111,26 @@ def _uniform_tile(
     ALIGNED: tl.constexpr,
     LOOP: tl.constexpr,
     CLIPPED: tl.constexpr,
+    FACTORED: tl.constexpr,
 ) -> None:
     """One read where the tile holds the segments; else two passes, of which the second finds them in a cache."""
     STEP: tl.constexpr = NC * T * V
     here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
+    factor = here
+    if FACTORED:
+        factor = factors_of(factors_ptr, item_ptr, o_output, T, V, ALIGNED)
     b_bits = tl.zeros((ROWS, T), dtype=tl.int32)
     b_low = tl.full((ROWS, T), float("inf"), dtype=tl.float32)
     b_high = tl.full((ROWS, T), float("-inf"), dtype=tl.float32)
     if LOOP:
         for first in range(0, count, STEP):
-            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            chunks = load_products(here, factor, m_row, count, first, T, V, NC, ALIGNED, FACTORED)
             b_bits = tl.maximum(b_bits, largest_bits(chunks, ROWS, T, NC))
             if GRID == "asymmetric":
                 b_least, b_most = tile_range(chunks, m_row, count, first, ROWS, T, V, NC, ALIGNED)
                 b_low, b_high = tl.minimum(b_low, b_least), tl.maximum(b_high, b_most)
     else:
-        chunks = load_tile(here, m_row, count, 0, T, V, NC, ALIGNED)
+        chunks = load_products(here, factor, m_row, count, 0, T, V, NC, ALIGNED, FACTORED)
         b_bits = largest_bits(chunks, ROWS, T, NC)
         if GRID == "asymmetric":
             b_low, b_high = tile_range(chunks, m_row, count, 0, ROWS, T, V, NC, ALIGNED)
@@ -154,7 +164,7 @@ def _uniform_tile(
         steps = (count + STEP - 1) // STEP
     for first in range(0, count if LOOP else STEP, STEP):
         if LOOP:
-            chunks = load_tile(here, m_row, count, first, T, V, NC, ALIGNED)
+            chunks = load_products(here, factor, m_row, count, first, T, V, NC, ALIGNED, FACTORED)
         codes = ()
         for c in tl.static_range(NC):
             mask = chunk_mask(m_row, count, first + c * T * V, T, V, ALIGNED)
