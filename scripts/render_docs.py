@@ -56,6 +56,8 @@ def _section(name: str, node: dict[str, Any]) -> Iterator[str]:
 
 
 def _default(detail: dict[str, Any]) -> str:
+    if "default" not in detail:
+        return "see meaning"
     value = detail["default"]
     if value is None or "$ref" in detail:
         return "none" if value is None else "its defaults"

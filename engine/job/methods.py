@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -17,6 +17,10 @@ def _step_of(value: object) -> object:
 
 
 _YES_OR_NO = BeforeValidator(_step_of, json_schema_input_type=Literal["none", "c", "least-squares"] | bool)
+
+
+def _levels(fields: dict[str, Any]) -> int:
+    return 3 if fields.get("budget") is None else 4
 
 
 class DfmpcPlan(SizedPlan):
@@ -40,7 +44,9 @@ class DfmpcPlan(SizedPlan):
         None, description="Ternary levels: TWN's 0.7 rule or the least-squares optimum; default: the recipe's."
     )
     low_levels: Literal[3, 4] = Field(
-        3, description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa)."
+        default_factory=_levels,
+        description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa); default: "
+        "3, or 4 with a budget, as both take the same bytes.",
     )
     clip: Literal["absmax", "mse"] | None = Field(
         None,

@@ -87,3 +87,11 @@ def test_a_plan_writes_either_its_budget_or_its_widths() -> None:
 )
 def test_a_budget_says_itself(budget: dict[str, object], text: str) -> None:
     assert str(Budget.model_validate(budget)) == text
+
+
+def test_with_a_budget_two_bits_are_four_levels_unless_it_says_otherwise() -> None:
+    assert plan(low=2).low_levels == 3
+    sized = plan(budget={"ratio": 8})
+    assert sized.low_levels == 4
+    assert DfmpcPlan.model_validate(sized.model_dump(mode="json")) == sized
+    assert plan(budget={"ratio": 8}, low_levels=3).low_levels == 3

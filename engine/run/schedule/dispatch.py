@@ -122,6 +122,8 @@ class Dispatcher:
             slot.heard = time.monotonic()
         for message in messages:
             self._hear(slot, message)
+        if any(isinstance(message, (TaskOutcome, Recalled)) for message in messages):
+            self._promises.release(slot)
 
     def _hear(self, slot: Slot, message: Message) -> None:
         if isinstance(message, Started):
@@ -131,7 +133,6 @@ class Dispatcher:
         elif isinstance(message, Recalled):
             for item in reversed(slot.recall(message.tasks)):
                 self._board.put_back(item)
-            self._promises.release(slot)
         elif isinstance(message, Ready) and message.device_bytes is not None:
             self._promises.learn(slot.device, message.device_bytes)
 
@@ -144,7 +145,6 @@ class Dispatcher:
             self._losses.drop(slot, EXIT_GRACE_S)
             self._losses.put_back(slot)
             self._roster.cordon(self._tally.cordoned)
-        self._promises.release(slot)
 
     # ends of workers
 
