@@ -11,6 +11,7 @@ from dfmpc.kernels.dequantize import dequantize_kernel
 from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
 from dfmpc.kernels.launch import LaunchShape, launch_shape
 from dfmpc.kernels.moments import moments_kernel
+from dfmpc.kernels.optimum import LONGEST, optimum_kernel, optimum_shape
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
 from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
 from dfmpc.kernels.statistics import statistics_kernel
@@ -59,6 +60,8 @@ class Case:
     """Whether it holds nothing, but walks over its segments again."""
     limited: bool = False
     """Whether its registers are limited also where it has one kind of tile."""
+    longest: int | None = None
+    """Elements of the longest row that it takes, where there is a limit."""
     factored: bool = False
     """Whether it loads a float32 factor for every weight."""
     by_channel: bool = False
@@ -161,6 +164,8 @@ def shapes_of(case: Case, lengths: list[int], weight: str, warp: int) -> Iterato
     """Yield the launch shapes that rows of ``lengths`` get, each kind of tile once."""
     seen = set()
     for length in lengths:
+        if case.longest and length > case.longest:
+            continue
         if not case.tabled:
             yield length, blocked(case, length, warp)
             continue
@@ -217,6 +222,7 @@ def cases(weight: str) -> Iterator[Case]:
         walked=True,
     )
     yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, walked=True, by_channel=True)
+    yield Case("optimum", optimum_kernel, fine | {"DTYPE": weight}, {}, optimum_shape, longest=LONGEST)
     yield Case("pack 6", pack_kernel, {"BITS": 6}, {})
     yield Case("unpack 6", unpack_kernel, {"BITS": 6}, {})
     doubles = {"sum_ptr": "*fp64", "square_ptr": "*fp64"}
