@@ -17,6 +17,8 @@ from dfmpc.kernels import (
     uniform,
 )
 from dfmpc.kernels.dequantize import dequantize_reference
+from dfmpc.kernels.optimum import optimal_thresholds_reference, optimal_thresholds_triton
+from dfmpc.kernels.segments import code_format
 from dfmpc.kernels.statistics import row_statistics_reference
 from dfmpc.kernels.ternary import ternary_reference
 from dfmpc.kernels.uniform import uniform_reference
@@ -51,6 +53,23 @@ def _uniform(bits: int) -> Operation:
     return Operation(f"uniform {bits}", run, reference)
 
 
+def _factored(bits: int) -> Operation:
+    def run(weight: Tensor, of: Callable[..., Quantized] = uniform) -> Quantized:
+        factor = torch.linspace(0.5, 2, weight.shape[1])
+        return of(weight, bits, Grid.DOREFA, group_size=weight.shape[1], factor=factor)
+
+    return Operation(f"factored {bits}", run, lambda weight: run(weight, uniform_reference))
+
+
+def _optimum() -> Operation:
+    """What the kernel alone does; rows that are too long for it have no launch to time."""
+
+    def run(weight: Tensor, of: Callable[..., Tensor] = optimal_thresholds_triton) -> Tensor:
+        return of(weight, code_format(weight, Grid.TERNARY, 2, weight.shape[1], layer_wise=False))
+
+    return Operation("optimum", run, lambda weight: run(weight, optimal_thresholds_reference))
+
+
 def _codes(weight: Tensor) -> Quantized:
     return uniform(weight, 4, Grid.DOREFA, group_size=weight.shape[1])
 
@@ -65,6 +84,8 @@ def operations() -> list[Operation]:
         ),
         _uniform(4),
         _uniform(6),
+        _factored(4),
+        _optimum(),
         *_sweep(),
         Operation(
             "dequantize 4",
