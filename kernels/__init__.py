@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .formats import CodeFormat as CodeFormat
 from .formats import Grid as Grid
 from .formats import Quantized as Quantized
+from .formats import TapSums as TapSums
 
 if TYPE_CHECKING:
     from .compensate import LowLayer as LowLayer
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .sums import tree_sum as tree_sum
     from .sweep import Sweep as Sweep
     from .sweep import sweep as sweep
-    from .tap_sums import TapSums as TapSums
     from .tap_sums import tap_sums as tap_sums
     from .ternary import ternary as ternary
     from .uniform import uniform as uniform
@@ -53,7 +53,6 @@ _HOMES = {
     "tree_sum": ".sums",
     "Sweep": ".sweep",
     "sweep": ".sweep",
-    "TapSums": ".tap_sums",
     "tap_sums": ".tap_sums",
     "ternary": ".ternary",
     "uniform": ".uniform",

@@ -241,8 +241,8 @@ def sweep_batch(batch: Batch, taps: Sequence[int], widths: Sequence[int]) -> lis
     totals = torch.empty((batch.segments, 3, 8), dtype=torch.int64, device=batch.device)
     taps_there = torch.tensor(taps, dtype=torch.int32).to(batch.device)
     grid = batch.entries[0].format.grid.value
-    constants = {"GRID": grid, "WIDTHS": tuple(widths), "FINENESS": batch.fineness}
-    batch.launch(sweep_kernel, taps_there, absmax, totals, walked=True, **constants)
+    given, outputs = tuple(widths), (taps_there, absmax, totals)
+    batch.launch(sweep_kernel, *outputs, walked=True, GRID=grid, WIDTHS=given, FINENESS=batch.fineness)
     absmax, totals, sweeps = absmax.cpu(), totals.cpu(), []
     for entry in batch.entries:
         shape, many = (entry.weight.shape[0], entry.format.groups), len(widths)
