@@ -50,8 +50,10 @@ class TappedLaunch:
             entry.weight.numel() // taps if taps else 0 for entry, taps in zip(batch.entries, self._fused, strict=True)
         ]
         self._starts = list(accumulate(sizes, initial=0))
-        self._sums = torch.empty((2, self._starts[-1]), dtype=torch.float64, device=batch.device)
-        self._signs = torch.empty((2, self._starts[-1]), dtype=torch.int16, device=batch.device)
+        # all four begin at multiples of 16 bytes: Triton compiles anew for those that do not
+        places = -(-self._starts[-1] // 8) * 8
+        self._sums = torch.empty((2, places), dtype=torch.float64, device=batch.device)
+        self._signs = torch.empty((2, places), dtype=torch.int16, device=batch.device)
 
     def arguments(self) -> dict[str, Any]:
         """Return what the launch needs: nothing where no tensor's sums come from it, and it is the plain kernel."""

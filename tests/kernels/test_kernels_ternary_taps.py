@@ -274,3 +274,16 @@ def test_what_is_not_finite_is_refused_as_without_taps(value: float, device: str
     for run in (ternary_triton, ternary_reference):
         with pytest.raises(NonFiniteError, match="the first is row 2"):
             run(weight, group_size=36, taps=9)
+
+
+def test_outputs_begin_where_triton_needs_no_other_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Batch.launch
+
+    def launch(self: Batch, kernel: Any, *outputs: Tensor, **constants: Any) -> None:
+        seen.extend(value.data_ptr() % 16 for value in constants.values() if isinstance(value, Tensor))
+        plain(self, kernel, *outputs, **constants)
+
+    monkeypatch.setattr(Batch, "launch", launch)
+    ternary_triton(random_rows(3, 27).to(device), group_size=27, taps=9)
+    assert seen == [0] * 5
