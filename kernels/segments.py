@@ -164,7 +164,7 @@ def finish(
     """
     found = sums.sums()
     if step is not None:
-        found[1:] *= torch.stack([step, step * step])
+        found[1:].mul_(torch.stack([step, step * step]))
     original_norm, dot, quantized_norm = tree_sum(found, 2).unbind()
     return Quantized(
         format=format,

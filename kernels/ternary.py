@@ -125,7 +125,7 @@ def _finish(format: CodeFormat, codes: Tensor, sums: SegmentSums) -> Quantized:
     """Derive the scale from the kept magnitudes and their count, and the row statistics from all."""
     sums = sums.cpu()
     require_finite(sums.absmax)
-    kept, count = sums.sums()[1], sums.totals[2]
+    kept, count = sums.totals[1].double() * sums.units[1], sums.totals[2]
     if format.layer_wise:
         kept, count = tree_sum(kept, 0)[None], count.sum(0)[None]
     scale = torch.where(count > 0, kept / count.clamp(min=1), 0.0).float()

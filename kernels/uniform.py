@@ -62,7 +62,8 @@ def _encode(
     units = units_of(format, absmax, bound)
     sums = ExactSums(segments, units)
     squares, dots, norms = sums.each
-    zeros = torch.zeros_like(absmax, dtype=torch.float64)
+    halves = format.grid is Grid.DOREFA  # are its levels, never zero; but see _finish
+    zeros = torch.zeros_like(absmax, dtype=torch.int64 if halves else torch.float64)
     grid = _Steps(segments, format, scales, clip, packed)
     each = segments.each(zeros)
     for block in segments.blocks():
@@ -70,7 +71,7 @@ def _encode(
         grid.round(block)
         dots.add(block, block.level, block.wide)
         norms.add(block, block.level, block.level)
-        if format.grid is not Grid.DOREFA:  # whose levels are halves; see _finish
+        if not halves:
             block.sum_to(each[block.number], torch.eq(block.level, 0, out=block.term))
     return scales, (absmax, units, sums.totals(), zeros.long())
 
@@ -188,7 +189,7 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
         small, zeros = (wide <= _UNDERFLOW).any(1).expand(len(codes)), sums.zeros.clone()
         zeros[small] = _underflows(format, codes.cpu()[small], wide if format.layer_wise else wide[small])
         sums = replace(sums, zeros=zeros)
-    return finish(format, codes, scale, None, sums, 2.0 * wide / (2**format.bits - 1))
+    return finish(format, codes, scale, None, sums, wide / ((2**format.bits - 1) / 2))
 
 
 _UNDERFLOW = 2.0**-140

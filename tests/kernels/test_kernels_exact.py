@@ -180,6 +180,14 @@ def test_uniform_codes_and_sums_are_exact(kind: str, length: int, group_size: in
         assert_same(q, uniform_rows(weight, bits, grid, group_size, clip=clip))
 
 
+@pytest.mark.parametrize("length", [9, 97])
+def test_a_grid_whose_values_may_lie_beyond_float32_is_exact(length: int) -> None:
+    weight = 3.4e38 * hostile("normal", 3, length).sign()  # a step more is beyond float32, but no value is
+    q = uniform_reference(weight, 8, Grid.ASYMMETRIC, group_size=length)
+    assert bool(torch.isfinite(q.quantized_norm).all())
+    assert_same(q, uniform_rows(weight, 8, Grid.ASYMMETRIC, length))
+
+
 @pytest.mark.parametrize("grid", [Grid.DOREFA, Grid.SYMMETRIC, Grid.ASYMMETRIC])
 @pytest.mark.parametrize("kind", ["normal", "denormal", "tiny", "wide", "zero rows", "one large"])
 def test_a_scale_of_the_whole_tensor_is_exact(kind: str, grid: Grid) -> None:

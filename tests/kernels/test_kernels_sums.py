@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from dfmpc.kernels import row_statistics, tap_sums, tree_sum
-from dfmpc.kernels.sums import exponents, fineness, power_of_two
+from dfmpc.kernels.sums import above, exponents, fineness, power_of_two
 
 
 def test_permuted_columns_leave_every_sum_the_same_to_the_bit() -> None:
@@ -53,6 +53,11 @@ def test_exponents_bound_their_values_tightly() -> None:
     assert bool((values.double() < power_of_two(e)).all())
     # Zero and denormals share the exponent of the least normal number.
     assert exponents(torch.tensor([0.0, 2.0**-149])).tolist() == [-125, -125]
+
+
+def test_the_power_of_two_above_what_is_not_finite_is_finite() -> None:
+    values = torch.tensor([0.0, 2.0**-149, 0.75, 1.0, 3.4028234663852886e38, math.inf, math.nan])
+    assert above(values).tolist() == [2.0**e for e in (-125, -125, 0, 1, 128, 129, 129)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 100])
