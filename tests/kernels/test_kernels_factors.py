@@ -83,7 +83,7 @@ def test_one_scale_for_all_rows_is_that_of_the_products(grid: Grid, clip: float,
 
 
 def test_short_rows_with_every_number_of_channels(device: str) -> None:
-    for length in (1, 2, 6, 9, 12, 16, 18, 25):
+    for length in (1, 2, 9, 12, 18):
         weight = drawn(3, length, seed=length)
         for channels in (n for n in range(1, length + 1) if length % n == 0):
             factor = drawn(channels, seed=channels)
