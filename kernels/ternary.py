@@ -36,6 +36,7 @@ def _layer_threshold(abs_sum: Tensor, count: int) -> Tensor:
     return _threshold(tree_sum(abs_sum[:, 0], 0)[None], count)
 
 
+@torch.inference_mode()  # without it short segments wait for what autograd notes of every view
 def _encode(segments: Segments, format: CodeFormat, given: Tensor | None, packed: Tensor) -> tuple[Tensor, ...]:
     """Write the codes of ``segments`` to ``packed`` and return the fields of ``SegmentSums``.
 

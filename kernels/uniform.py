@@ -50,6 +50,7 @@ def clipped(extremes: Tensor, clip: float) -> Tensor:
     return shrunk
 
 
+@torch.inference_mode()  # without it short segments wait for what autograd notes of every view
 def _encode(
     segments: Segments, format: CodeFormat, shared: Scales | None, clip: float, packed: Tensor
 ) -> tuple[Scales, tuple[Tensor, ...]]:
@@ -243,8 +244,9 @@ def uniform_reference(
         scales, found = _encode(Segments(weight, part), format, shared, clip, packed[:, part.bytes(bits)])
         factors.append((scales.scale, scales.zero_point))
         sums.append(found)
-    scale, zero_point = (join_parts(each, 1 if layer_wise else rows) for each in zip(*factors, strict=True))
-    return _finish(format, packed, scale.clone(), zero_point, SegmentSums.joined(sums, rows))
+    # copies, since a tensor of inference mode could not be changed in place outside
+    scale, zero_point = (join_parts(each, 1 if layer_wise else rows).clone() for each in zip(*factors, strict=True))
+    return _finish(format, packed, scale, zero_point, SegmentSums.joined(sums, rows))
 
 
 def _uniform_format(

@@ -7,6 +7,8 @@ import hashlib
 import pytest
 import torch
 from dfmpc.kernels import CodeFormat, Grid, Quantized, dequantize, ternary, uniform, unpack
+from dfmpc.kernels.ternary import ternary_reference
+from dfmpc.kernels.uniform import uniform_reference
 
 UNIFORM = [Grid.DOREFA, Grid.SYMMETRIC, Grid.ASYMMETRIC]
 
@@ -149,6 +151,25 @@ def test_the_ends_of_float32_stay_finite(grid: Grid, factor: float) -> None:
     assert bool(torch.isfinite(torch.stack([q.dot, q.quantized_norm, q.original_norm])).all())
     assert bool(((values(q).double() - weight.double()).abs() <= weight.double().abs().amax()).all())
     assert torch.equal(q.zeros, (values(q) == 0).sum(1))
+
+
+@pytest.mark.parametrize("group_size", [203, 64])
+@pytest.mark.parametrize("grid", [Grid.TERNARY, *UNIFORM])
+def test_results_are_tensors_that_a_caller_can_change(grid: Grid, group_size: int) -> None:
+    weight = random_rows()
+    for layer_wise in (False, True):
+        if grid is Grid.TERNARY:
+            q = ternary_reference(weight, group_size=group_size, layer_wise=layer_wise)
+        else:
+            q = uniform_reference(weight, 5, grid, group_size=group_size, layer_wise=layer_wise)
+        found = [q.codes, q.scale, q.zero_point, q.dot, q.quantized_norm, q.original_norm, q.zeros]
+        before = [None if tensor is None else tensor.clone() for tensor in found]
+        for number, tensor in enumerate(found):
+            if tensor is not None:
+                tensor.zero_()  # an error for a tensor of inference mode, and no other may share its memory
+                before[number] = torch.zeros_like(tensor)
+            for other, expected in zip(found, before, strict=True):
+                assert other is expected or torch.equal(other, expected)
 
 
 def test_half_precision_is_quantized_as_its_float32_value() -> None:
