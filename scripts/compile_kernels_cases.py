@@ -196,18 +196,22 @@ def together(case: Case, weight: str, warp: int) -> Shape:
 def cases(weight: str) -> Iterator[Case]:
     """Yield every kernel, for weights of a type."""
     weights = {"weight_ptr": f"*{weight}"}
-    fine, plain = {"FINENESS": 40}, {"FACTORED": False, "CLIPPED": False}
+    fine, plain, product = {"FINENESS": 40}, {"FACTORED": False}, {"FACTORED": True}
     yield Case("statistics", statistics_kernel, fine | plain, weights, segment_bytes=28)
-    product = {"FACTORED": True}
     yield Case("factored statistics", statistics_kernel, fine | product, weights, segment_bytes=28, factored=True)
     twn = fine | {"GIVEN": ""}
     yield Case("ternary", ternary_kernel, twn | _UNTAPPED, weights, written=0.25, segment_bytes=24)
     tapped = twn | {"TAPPED": True}
     yield Case("tapped ternary", ternary_kernel, tapped, _TAPPED, written=0.25, segment_bytes=24, limited=True)
     for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
-        constants = plain | {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
+        constants = {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
         one = Case(
-            f"uniform {grid} {bits}", uniform_kernel, fine | constants, weights, written=bits / 8, segment_bytes=48
+            f"uniform {grid} {bits}",
+            uniform_kernel,
+            fine | plain | constants | {"CLIPPED": False},
+            weights,
+            written=bits / 8,
+            segment_bytes=48,
         )
         yield one
         if bits == 4 or grid == "asymmetric":

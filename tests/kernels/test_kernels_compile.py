@@ -75,6 +75,24 @@ def test_statistics_compile_for_both_makers_with_loads_of_16_bytes(project: Path
         assert int(row["programs"]) >= 4
 
 
+def test_segments_are_sorted_in_registers(project: Path) -> None:
+    """The longest takes all registers that a program of its threads can have, and none beyond."""
+    done = compile_kernels(project, "--only", "optimum", "--lengths", "64", "8192", "9000", "--targets", "sm_90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    short, longest = rows_of(done)  # of 9000 there is none
+    assert 0 < int(short["regs"]) <= 96
+    assert 96 < int(longest["regs"]) <= 65536 // 512
+    assert (int(short["spill"]), int(longest["spill"])) == (0, 0)
+    assert int(longest["shared"]) <= 48 * 1024
+
+
+def test_factors_are_loaded_by_16_bytes(project: Path) -> None:
+    command = ("--only", "factored statistics", "--lengths", "64", "--targets", "sm_90", "--weights", "fp32", "bf16")
+    done = compile_kernels(project, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {int(row["load"]) for row in rows_of(done)} == {16}
+
+
 def test_what_an_element_takes_is_counted_by_pipe(project: Path) -> None:
     done = compile_kernels(project, "--only", "statistics", "--lengths", "64", "--targets", "sm_90")
     (row, *_) = rows_of(done)
