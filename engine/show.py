@@ -15,6 +15,7 @@ from .job.expand import choose
 from .report.parts import read_layers, read_models
 from .report.rows import LayerRow, ModelRow
 from .report.tables import Table, TableColumn, counted, layers_table, models_table, render, summary, to_json
+from .run.ending import ending_lines
 
 if TYPE_CHECKING:
     from .artifact.exports.parity import ParityResult
@@ -32,8 +33,6 @@ _MIB = 2**20
 
 def run_text(store: Path, ended: RunSummary) -> str:
     """Return the table of a run, its counts, and where artifacts and report lie."""
-    from .run.ending import ending_lines  # noqa: PLC0415
-
     parts = [render(models_table(ended.rows)), summary(ended.rows)]
     if ended.explanations:
         parts += ["why tasks were not reused:", *(f"  {line}" for line in ended.explanations)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,15 +85,18 @@ def run(
     )
     loaded = load(job, output, allow_code)
 
-    def tell(summary: RunSummary) -> None:
+    def telling() -> Callable[[RunSummary], None]:
         from ..run.on_finish import run_on_finish  # noqa: PLC0415
         from ..show import run_json, run_text  # noqa: PLC0415 - the workers start sooner without
 
-        print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary), flush=True)
-        if on_finish is not None:
-            run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)
+        def tell(summary: RunSummary) -> None:
+            print(run_json(loaded.store, summary) if as_json else run_text(loaded.store, summary), flush=True)
+            if on_finish is not None:
+                run_on_finish(on_finish, run_json(loaded.store, summary), summary.run, summary.exit_code)
 
-    return run_job(loaded, options, ended=tell).exit_code
+        return tell
+
+    return run_job(loaded, options, telling).exit_code
 
 
 def plan(

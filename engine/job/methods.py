@@ -19,8 +19,11 @@ def _step_of(value: object) -> object:
 _YES_OR_NO = BeforeValidator(_step_of, json_schema_input_type=Literal["none", "c", "least-squares"] | bool)
 
 
-def _levels(fields: dict[str, Any]) -> int:
-    return 3 if fields.get("budget") is None else 4
+def _levels(fields: dict[str, Any]) -> Literal[3, 4]:
+    """Four levels take the bytes of three; they lose less where their scale is clipped for least error."""
+    clipped = fields.get("clip") == "mse" or (fields.get("clip") is None and fields.get("recipe") == "auto")
+    asked = fields.get("ternary") is not None
+    return 4 if fields.get("budget") is not None and clipped and not asked else 3
 
 
 class DfmpcPlan(SizedPlan):
@@ -43,14 +46,14 @@ class DfmpcPlan(SizedPlan):
     ternary: Literal["twn", "exact"] | None = Field(
         None, description="Ternary levels: TWN's 0.7 rule or the least-squares optimum; default: the recipe's."
     )
-    low_levels: Literal[3, 4] = Field(
-        default_factory=_levels,
-        description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa); default: "
-        "3, or 4 with a budget, as both take the same bytes.",
-    )
     clip: Literal["absmax", "mse"] | None = Field(
         None,
         description="Scales of other grids: the largest weight, or clipped for least error; default: the recipe's.",
+    )
+    low_levels: Literal[3, 4] = Field(
+        default_factory=_levels,
+        description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa), in the "
+        "same bytes. Default: 3, but 4 with a budget, unless `ternary` is given or scales are not clipped.",
     )
     rounding: Literal["nearest", "feedback"] | None = Field(
         None, description="To nearest, or with error feedback over the layer's input moments; default: the recipe's."

@@ -27,10 +27,13 @@ _DEFAULTS = RunOptions()
 Ended = Callable[[RunSummary], None]
 
 
-def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = lambda _: None) -> RunSummary:
+def run_job(
+    loaded: LoadedJob, options: RunOptions = _DEFAULTS, telling: Callable[[], Ended] = lambda: _silent
+) -> RunSummary:
     """Run a job: resume the unfinished run of the same tasks, or start one, and see every task to its row.
 
-    ``ended`` gets the summary while signals are still caught: one that comes when all is done ends nothing.
+    ``telling`` is called while the workers' processes start, and may import. What it returns gets the summary while
+    signals are still caught: one that comes when all is done ends nothing.
 
     Raises UsageError where nothing can start: no task matches ``only``, a device is not there, the output cannot be
     written, lacks what a store needs, or has no room. What fails later is in the rows.
@@ -42,11 +45,16 @@ def run_job(loaded: LoadedJob, options: RunOptions = _DEFAULTS, ended: Ended = l
             spares = signals.enter_context(_spares(loaded, tasks, options, ray))
             from .scheduler import run_tasks  # noqa: PLC0415 - the workers' processes are at their imports by now
 
+            ended = telling()
             summary = run_tasks(loaded, tasks, options, spares, ray, signals)
         for text in summary.unmatched:
             print(f"dfmpc: warning: {text}", file=sys.stderr)
         ended(summary)
     return summary
+
+
+def _silent(_: RunSummary) -> None:
+    return
 
 
 def _spares(loaded: LoadedJob, tasks: Sequence[Task], options: RunOptions, ray: RayCluster | None) -> Spares:

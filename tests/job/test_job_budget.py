@@ -95,3 +95,17 @@ def test_with_a_budget_two_bits_are_four_levels_unless_it_says_otherwise() -> No
     assert sized.low_levels == 4
     assert DfmpcPlan.model_validate(sized.model_dump(mode="json")) == sized
     assert plan(budget={"ratio": 8}, low_levels=3).low_levels == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "levels"),
+    [
+        ({"ternary": "exact"}, 3),
+        ({"recipe": "published"}, 3),
+        ({"recipe": "published", "clip": "mse"}, 4),
+        ({"clip": "absmax"}, 3),
+        ({"clip": "mse"}, 4),
+    ],
+)
+def test_four_levels_need_clipped_scales_and_nobody_who_asks_for_ternary(said: dict[str, str], levels: int) -> None:
+    assert plan(budget={"ratio": 8}, **said).low_levels == levels

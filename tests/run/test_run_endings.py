@@ -61,5 +61,5 @@ def test_a_signal_that_comes_at_the_very_end_ends_nothing(bench: Any) -> None:
         seen.append(summary.exit_code)
 
     job = bench.job([bench.model("net")], PLANS[:1])
-    summary = run_job(load_job(job), RunOptions(progress=False, devices="cpu"), ended=signalled)
+    summary = run_job(load_job(job), RunOptions(progress=False, devices="cpu"), telling=lambda: signalled)
     assert (seen, summary.exit_code) == ([0], 0)

@@ -28,7 +28,7 @@ from dfmpc.run.schedule.process import Ended
 from dfmpc.run.schedule.progress import Progress
 from dfmpc.run.schedule.reserve import Promises
 from dfmpc.run.schedule.roster import Roster
-from dfmpc.run.schedule.slots import Slot, make_slots
+from dfmpc.run.schedule.slots import AT_HAND, Slot, make_slots
 from dfmpc.run.schedule.spares import Spares
 from dfmpc.run.schedule.tally import Rules, Tally, seconds_of
 from dfmpc.run.store import RunFolder
@@ -263,6 +263,38 @@ def test_what_a_worker_began_unheard_is_charged_and_what_it_did_not_begin_is_fre
     assert {str(desk.items[task].history) for task in rest} == {str(History())}
     waiting = {item.task.id for item in desk.board.items()}
     assert waiting == desk.items.keys() - {"m000/p", first, second}
+
+
+def test_of_many_that_were_begun_only_the_last_can_have_ended_the_worker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk = Desk(tmp_path, 200, slots=1)
+    _after_short_ones(desk, 0.001)
+    (slot,) = desk.slots
+    slot.ready = True
+    desk.begin(slot, 12)
+    begun = [item.task.id for item in slot.given if item.task.id in slot.attempts]
+    given = [item.task.id for item in slot.given]
+    desk.losses.bury(slot)
+    alone = [task for task in given if desk.items[task].history.mode.alone]
+    assert (len(begun), alone) == (13, begun[-AT_HAND:])
+    said = capsys.readouterr().err
+    assert [task for task in given if task in said] == alone
+    assert {item.task.id for item in desk.board.items()} == desk.items.keys() - {"m000/p"}
+
+
+def test_what_is_cut_short_and_had_ended_before_waits_again_without_a_row(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, 200, slots=1)
+    _after_short_ones(desk, 0.001)
+    (slot,) = desk.slots
+    desk.begin(slot, 12)
+    begun = [item.task.id for item in slot.given if item.task.id in slot.attempts]
+    done = begun[-1]
+    desk.ledger.append(Event(Kind.TASK_FINISHED, task=done, attempt=slot.attempts[done].attempt, status="done"))
+    desk.losses.interrupt(slot)
+    assert {task: row.status for task, row in desk.tally.rows.items()} == dict.fromkeys(begun[-3:-1], "interrupted")
+    assert desk.tally.settled == {done}
+    assert {item.task.id for item in desk.board.items()} == desk.items.keys() - {"m000/p", done}
 
 
 def test_what_failed_here_before_and_waits_again_has_not_begun(tmp_path: Path) -> None:

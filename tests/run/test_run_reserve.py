@@ -10,10 +10,10 @@ from dfmpc.job.schema import Gates
 from dfmpc.job.sources import ModelSource
 from dfmpc.job.task import Task
 from dfmpc.run.failures import History, Mode
-from dfmpc.run.messages import WorkerSettings
+from dfmpc.run.messages import Started, WorkerSettings
 from dfmpc.run.schedule.board import Item
 from dfmpc.run.schedule.reserve import Pool, Promises, available_host_bytes
-from dfmpc.run.schedule.slots import Slot
+from dfmpc.run.schedule.slots import AT_HAND, Slot
 
 
 def test_promises_fit_up_to_the_capacity() -> None:
@@ -103,6 +103,16 @@ def test_a_large_task_that_ends_leaves_its_promise_to_others_though_small_ones_w
     give(promises, first, small)
     assert not promises.possible(second, item("b", host=50.0))
     first.given.remove(large)
+    promises.release(first)
+    assert promises.possible(second, item("b", host=94.0))
+    assert not promises.possible(second, item("b", host=96.0))
+
+
+def test_what_has_ended_and_only_waits_to_be_reported_needs_no_memory() -> None:
+    promises, first, second = Promises(100.0, ["cpu"]), slot(0), slot(1)
+    for each in [item("large", host=95.0), *(item(f"small-{number}", host=5.0) for number in range(AT_HAND))]:
+        give(promises, first, each)
+        first.began(Started(each.task.id, "try"))
     promises.release(first)
     assert promises.possible(second, item("b", host=94.0))
     assert not promises.possible(second, item("b", host=96.0))

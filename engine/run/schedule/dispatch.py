@@ -203,14 +203,7 @@ class Dispatcher:
             self._await(interrupts, [end - time.monotonic()])
             self._enforce_limits()
         for slot in self._slots:
-            self._losses.drop(slot)
-            attempts = self._losses.attempts(slot)
-            for item in list(slot.given):
-                started = attempts.get(item.task.id)
-                if started is not None:
-                    self._tally.interrupt(item, started, slot.device)
-                if item.task.id not in self._tally.settled:
-                    self._board.put_back(item)
+            self._losses.interrupt(slot)
         self._tally.record(Event(Kind.INTERRUPTED))
 
     def _busy(self) -> bool:

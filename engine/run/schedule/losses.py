@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from ...errors import TaskTimeoutError, WorkerDiedError
 from ..failures import Failure, classify_exit
 from ..ledger import Event, Kind
 from ..messages import Started
-from .board import Board
+from .board import Board, Item
 from .process import Ended
 from .reserve import Promises
 from .roster import Roster
-from .slots import Slot
+from .slots import AT_HAND, Slot
 from .tally import Tally
 
 EXIT_GRACE_S = 5.0
@@ -53,12 +54,20 @@ class Losses:
     def lose(self, slot: Slot, failure: Failure, error: WorkerDiedError | TaskTimeoutError) -> None:
         """Charge what the worker was at; what it had not begun is free, and so are two of which one was to blame."""
         attempts = self.attempts(slot)
-        begun = [item for item in slot.given if item.task.id in attempts] or slot.given[:1]
+        begun = self._at_hand(slot, attempts) or slot.given[:1]
         for item in begun:
             slot.settle(item.task.id)
         self.put_back(slot)
         self._tally.lose(begun, attempts, failure, error, slot.device)
         self._promises.release(slot)
+
+    def interrupt(self, slot: Slot) -> None:
+        """End the worker of ``slot`` at once: what it was at is interrupted, and what is not finished waits again."""
+        self.drop(slot)
+        attempts = self.attempts(slot)
+        for item in self._at_hand(slot, attempts):
+            self._tally.interrupt(item, attempts[item.task.id], slot.device)
+        self.put_back(slot)
 
     def put_back(self, slot: Slot) -> None:
         """Let what ``slot`` was given wait again, but for what its worker has finished without being heard."""
@@ -67,6 +76,10 @@ class Losses:
             if item.task.id not in finished:
                 self._board.put_back(item)
         slot.given, slot.attempts = [], {}
+
+    @staticmethod
+    def _at_hand(slot: Slot, attempts: Mapping[str, Started]) -> list[Item]:
+        return [item for item in slot.given if item.task.id in attempts][-AT_HAND:]
 
     def attempts(self, slot: Slot) -> dict[str, Started]:
         """Return what the worker of ``slot``, which is gone, had begun: it said so, or only the ledger knows."""

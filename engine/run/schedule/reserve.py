@@ -65,7 +65,7 @@ class Promises:
 
     def possible(self, slot: Slot, item: Item) -> bool:
         """Tell whether what ``slot`` needs with ``item`` on top of what it has can be promised now."""
-        alone, (host, device) = item.history.mode.alone, _needs([*slot.given, item])
+        alone, (host, device) = item.history.mode.alone, _needs([*slot.at_hand, item])
         pool = self._devices.get(slot.device)
         return self._host.fits(slot.number, host, alone=alone) and (
             pool is None or pool.fits(slot.number, device, alone=alone)
@@ -73,12 +73,12 @@ class Promises:
 
     def make(self, slot: Slot, item: Item) -> None:
         """Promise it."""
-        self._take(slot, [*slot.given, item], alone=item.history.mode.alone)
+        self._take(slot, [*slot.at_hand, item], alone=item.history.mode.alone)
 
     def release(self, slot: Slot) -> None:
         """Take back what an idle slot had, and of a busy one what its tasks at hand do not need."""
         if slot.busy:
-            self._take(slot, slot.given, alone=any(item.history.mode.alone for item in slot.given))
+            self._take(slot, slot.at_hand, alone=any(item.history.mode.alone for item in slot.at_hand))
             return
         self._host.free(slot.number)
         if slot.device in self._devices:

@@ -22,6 +22,9 @@ _MOST_AHEAD = 16
 _UNHEARD_S = 2.0
 """How long a worker with tasks waiting may keep the beginning of one to itself, at most."""
 _SEEN = 8
+AT_HAND = 3
+"""Begun tasks that a worker still works for: one that it computes, one that it commits, one that it reports. What was
+begun before them has ended and waits to be reported with others."""
 
 
 @dataclass
@@ -75,6 +78,11 @@ class Slot:
     def waiting(self) -> int:
         """How many of the given tasks have not begun, as far as is known."""
         return len(self.given) - len(self.attempts)
+
+    @property
+    def at_hand(self) -> list[Item]:
+        """Those of the given tasks that the worker is at or will begin."""
+        return self.given[max(0, len(self.attempts) - AT_HAND) :]
 
     @property
     def not_begun(self) -> list[Item]:
