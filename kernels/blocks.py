@@ -13,7 +13,9 @@ from .packing import pack_reference
 from .segments import Part
 
 BLOCK = 3 << 14
-"""Elements that a reference works on at a time: what it computes with stays in the second-level cache."""
+"""Elements that a thread works on at a time: what it computes with stays in its core's second-level cache."""
+_SHARED = 2
+"""Threads that a block is made for, at most: to wait for more of them takes longer than what they would do."""
 SHORT = 32
 """Elements below which segments lie side by side: torch adds up and scales short rows one by one."""
 
@@ -83,10 +85,10 @@ class Segments:
 
     def __init__(self, weight: Tensor, part: Part) -> None:
         self.length = part.length
-        self._weight = weight[:, part.columns]
+        self._weight = weight.detach()[:, part.columns]
         rows, width = self._weight.shape
         self.count = rows * width // self.length
-        self._rows = min(rows, max(1, BLOCK // width))
+        self._rows = min(rows, max(1, BLOCK * min(_SHARED, torch.get_num_threads()) // width))
         self._groups, self._one_block = width // self.length, self._rows == rows
         self._dim = int(self.length >= SHORT)
         self._room = self._weight.new_empty((3, self._rows * width), dtype=torch.float64)

@@ -138,7 +138,7 @@ class Batch:
         The four: where the tensor's factor begins, in int64; its first segment; segments of a row; elements of one.
         Nothing where there are none.
         """
-        given = [(entry, entry.factor.numpy()) for entry in self.entries if entry.factor is not None]
+        given = [(entry, entry.factor.detach().numpy()) for entry in self.entries if entry.factor is not None]
         # loads of 16 bytes want to begin with four floats
         columns = [np.pad(factor, (0, -len(factor) % 4)).view(np.int64) for _, factor in given]
         starts = np.cumsum([4 * len(given), *map(len, columns)])

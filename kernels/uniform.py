@@ -186,7 +186,7 @@ def _finish(format: CodeFormat, codes: Tensor, scale: Tensor, zero_point: Tensor
         return finish(format, codes, scale, zero_point, sums, None)
     if format.grid is Grid.SYMMETRIC:
         return finish(format, codes, scale, None, sums, wide)
-    if float(scale.amin()) <= _UNDERFLOW:
+    if float(wide.amin()) <= _UNDERFLOW:  # on the CPU
         small, zeros = (wide <= _UNDERFLOW).any(1).expand(len(codes)), sums.zeros.clone()
         zeros[small] = _underflows(format, codes.cpu()[small], wide if format.layer_wise else wide[small])
         sums = replace(sums, zeros=zeros)

@@ -17,8 +17,9 @@ from .group import Request, quantize_group
 LENGTHS = (9, 64, 576)
 """Rows of a depthwise, a pointwise and an ordinary convolution: each has a launch shape of its own."""
 WIDTHS = (4, 6, 8)
-TOGETHER = ((Grid.TERNARY, 2), (Grid.DOREFA, 6))
-"""What the default plan rounds to; a kernel for many tensors has every kind of tile and takes longest to compile."""
+TOGETHER = ((Grid.TERNARY, 2, 0), (Grid.TERNARY, 2, 9), (Grid.DOREFA, 6, 0))
+"""What plans that round to nearest ask for at 2/6: grid, bits, taps whose sums come along (calibrator analytic).
+A kernel for many tensors has every kind of tile and takes longest to compile."""
 
 
 def warm_kernels(device: str) -> None:
@@ -38,8 +39,11 @@ def warm_kernels(device: str) -> None:
             row_statistics(weight, length)
         tap_sums(torch.ones(4, 72, device=device), 9)
         weights = [torch.ones(4, length, device=device) for length in LENGTHS]
-        for grid, bits in TOGETHER:
-            quantize_group([Request(weight, grid, bits, weight.shape[1]) for weight in weights])
+        for grid, bits, taps in TOGETHER:
+            divided = [taps if taps and weight.shape[1] % taps == 0 else 0 for weight in weights]
+            quantize_group(
+                [Request(w, grid, bits, w.shape[1], taps=own) for w, own in zip(weights, divided, strict=True)]
+            )
 
 
 @contextmanager

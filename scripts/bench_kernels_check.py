@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_kernels_shapes import sampled
+from bench_kernels_shapes import Shapes, sampled
 from dfmpc.kernels import (
     Grid,
     Quantized,
@@ -17,7 +17,7 @@ from dfmpc.kernels import (
     uniform,
 )
 from dfmpc.kernels.dequantize import dequantize_reference
-from dfmpc.kernels.optimum import optimal_thresholds_reference, optimal_thresholds_triton
+from dfmpc.kernels.optimum import LONGEST, optimal_thresholds_reference, optimal_thresholds_triton
 from dfmpc.kernels.segments import code_format
 from dfmpc.kernels.statistics import row_statistics_reference
 from dfmpc.kernels.ternary import ternary_reference
@@ -41,6 +41,8 @@ class Operation:
     reference: Callable[[Any], Any]
     prepare: Callable[[Tensor], Any] = _itself
     """What ``run`` and ``reference`` take, made of a weight."""
+    longest: int | None = None
+    """Elements of the longest row that a kernel does; longer ones have no launch to time."""
 
 
 def _uniform(bits: int) -> Operation:
@@ -62,20 +64,23 @@ def _factored(bits: int) -> Operation:
 
 
 def _optimum() -> Operation:
-    """What the kernel alone does; rows that are too long for it have no launch to time."""
-
     def run(weight: Tensor, of: Callable[..., Tensor] = optimal_thresholds_triton) -> Tensor:
         return of(weight, code_format(weight, Grid.TERNARY, 2, weight.shape[1], layer_wise=False))
 
-    return Operation("optimum", run, lambda weight: run(weight, optimal_thresholds_reference))
+    return Operation("optimum", run, lambda weight: run(weight, optimal_thresholds_reference), longest=LONGEST)
 
 
 def _codes(weight: Tensor) -> Quantized:
     return uniform(weight, 4, Grid.DOREFA, group_size=weight.shape[1])
 
 
+def operations_on(shapes: Shapes) -> list[Operation]:
+    """Return what is timed on ``shapes``."""
+    return [each for each in operations() if each.longest is None or shapes.longest <= each.longest]
+
+
 def operations() -> list[Operation]:
-    """Return what is timed on every shape."""
+    """Return what is timed, on the shapes that it takes."""
     return [
         Operation(
             "ternary",

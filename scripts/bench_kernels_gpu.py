@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from bench_kernels_chain import ABSENT, CHAINS, peers
-from bench_kernels_check import Operation, difference, grouped_operations, operations, tensors_of
+from bench_kernels_check import Operation, difference, grouped_operations, operations_on, tensors_of
 from bench_kernels_launches import catching, poisoned
 from bench_kernels_shapes import GROUPED, SINGLE, Shapes
 from torch import Tensor
@@ -177,7 +177,7 @@ def measure(budget: float) -> Bench:
     print(f"{'shape':<28}{'operation':<26}{'ms':>10}{'GB/s':>9}{'copy':>7}{'call ms':>10}")
     ours: dict[str, dict[str, Row]] = {}
     for shapes in SINGLE:
-        singly = {operation.name: (operation, _one_by_one(operation)) for operation in operations()}
+        singly = {operation.name: (operation, _one_by_one(operation)) for operation in operations_on(shapes)}
         ours[shapes.name] = _time_all(bench, shapes, singly)
     for shapes in GROUPED:
         for kind in (shapes, shapes.as_one()):

@@ -214,6 +214,8 @@ def cases(weight: str) -> Iterator[Case]:
             segment_bytes=48,
         )
         yield one
+        if grid == "asymmetric":
+            yield replace(one, name=f"clipped {grid} {bits}", constants=one.constants | {"CLIPPED": True})
         if bits == 4 or grid == "asymmetric":
             yield replace(one, name=f"factored {grid} {bits}", constants=one.constants | product, factored=True)
         yield Case(f"dequantize {grid} {bits}", dequantize_kernel, constants, {}, written=bits / 8)

@@ -17,6 +17,9 @@ from .assign import Assignment
 from .rows import to_rows
 from .taps import Taps
 
+_LEAST = 16
+"""Bytes of an input channel's taps from which on their float64 sums come along, which take at most twice as many."""
+
 
 def quantize_layer(weight: Tensor, assignment: Assignment, device: str) -> Quantized:
     """Return the codes of ``weight`` (stored shape, any floating type) under ``assignment``."""
@@ -38,8 +41,9 @@ def quantize_layers(
 def _request(weight: Tensor, given: Assignment, device: str, with_taps: bool) -> Request:
     rows = rows_on(weight, given.layer, device)
     # the references go over the weight once more whenever they are asked: they are asked when it is the layer's turn;
-    # of one tap the sums would be as large as the weight in float64
-    saved = with_taps and given.grid is Grid.TERNARY and given.layer.taps > 1 and use_triton(rows)
+    # until then the sums of all layers are kept, which of few taps would be several times as large as the weights
+    enough = given.layer.taps * rows.element_size() >= _LEAST
+    saved = with_taps and given.grid is Grid.TERNARY and enough and use_triton(rows)
     taps = given.layer.taps if saved else 0
     return Request(rows, given.grid, given.bits, given.group_size, given.layer_wise, taps=taps)
 

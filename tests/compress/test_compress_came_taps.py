@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from dfmpc.compress import quantize
+from dfmpc.compress.assign import Assignment
 from dfmpc.compress.compress import compress_model
 from dfmpc.compress.result import Compressed
 from dfmpc.job.methods import DfmpcPlan
 from dfmpc.kernels import tapped
 from dfmpc.kernels.formats import Grid, Quantized
 from dfmpc.kernels.group import Request, quantize_group_triton
+from dfmpc.models.graph import Layer, Op
 from dfmpc.models.load import LoadedModel
 from torch import Tensor, nn
 
@@ -119,6 +121,28 @@ def test_layers_whose_taps_came_are_not_read_again(loaded: Load, monkeypatch: py
     # two passes less over tap sums and one less over codes for each
     assert before["tap_sums"] - after["tap_sums"] == 2 * came
     assert before["dequantize"] - after["dequantize"] == came
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taps", "comes"),
+    [
+        (torch.float32, 3, 0),
+        (torch.float32, 4, 4),
+        (torch.float32, 9, 9),
+        (torch.bfloat16, 4, 0),
+        (torch.bfloat16, 9, 9),
+    ],
+)
+def test_sums_come_along_where_they_are_at_most_twice_the_weight(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, taps: int, comes: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(quantize, "use_triton", lambda _: True)
+    monkeypatch.setattr(quantize, "quantize_group", lambda requests: asked.extend(each.taps for each in requests))
+    layer = Layer("a", "a.weight", None, Op.CONV, (2, 3, taps))
+    given = Assignment(layer, "low", 2, Grid.TERNARY, "channel")
+    quantize.quantize_layers([(torch.ones(2, 3, taps, dtype=dtype), given)], "cpu", with_taps=True)
+    assert asked == [comes]
 
 
 def test_what_came_is_not_kept_beside_the_codes(loaded: Load, monkeypatch: pytest.MonkeyPatch) -> None:

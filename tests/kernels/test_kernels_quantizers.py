@@ -190,6 +190,18 @@ def test_a_transposed_weight_is_quantized_as_its_copy() -> None:
     assert torch.equal(a.codes, b.codes)
 
 
+@pytest.mark.parametrize("layer_wise", [False, True])
+@pytest.mark.parametrize("length", [9, 64])
+def test_weights_that_take_part_in_training_give_the_same(length: int, layer_wise: bool) -> None:
+    weight = torch.linspace(-1, 1, 6 * length).reshape(6, length)
+    trained = weight.clone().requires_grad_()
+    for quantize in (ternary_reference, lambda *args, **kw: uniform_reference(args[0], 4, Grid.DOREFA, **kw)):
+        found, expected = (quantize(each, group_size=length, layer_wise=layer_wise) for each in (trained, weight))
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.scale, expected.scale)
+        assert not found.scale.requires_grad
+
+
 def test_many_rows_are_worked_on_in_chunks_with_the_same_result() -> None:
     weight = random_rows(700, 203)
     whole = uniform(weight, 4, Grid.SYMMETRIC, group_size=203)
