@@ -68,7 +68,7 @@ def _gaussian_images(model: SpectralMoments, seed: int) -> Tensor:
     field = model.original.fields["x"]
     grid = field.torus
     full = torch.zeros(SIDE, SIDE, COLOURS, COLOURS, dtype=torch.complex64)
-    for (y, x), value in zip(grid.points.tolist(), field.spectrum, strict=True):
+    for (y, x), value in zip(grid.points.tolist(), torch.complex(*field.spectrum), strict=True):
         full[y, x], full[-y % SIDE, -x % SIDE] = value, value.conj()
     roots = torch.linalg.cholesky(full + 1e-6 * torch.eye(COLOURS))
     noise = torch.randn(FIELDS, COLOURS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))

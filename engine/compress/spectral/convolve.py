@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch.nn import functional
 
 from ...models.graph import Layer, Node, Op
 from .field import Field
-from .torus import Torus, torus
+from .torus import TABLES, Torus, adjoint, real, torus
 
 _NOWHERE = torch.zeros(1, 2, dtype=torch.int64)
+CACHED = 2**17
+"""Numbers of a part of a spectrum that depthwise layers work on at once."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,10 @@ class Kernel:
         return Kernel(weight, layer.groups, window)
 
     def transfer(self, grid: Torus) -> Tensor:
-        """W(f) = Σ_t w_t exp(i f t), complex64 [P, groups, out / groups, in / groups]."""
+        """W(f) = Σ_t w_t exp(i f t), float32 [2, P, groups, out / groups, in / groups]."""
         outs, ins = self.weight.shape[:2]
-        cosine, sine = grid.waves(self.window.offsets)
         taps = self.weight.flatten(2).movedim(2, 0).flatten(1)
-        found = torch.complex(cosine.float() @ taps, sine.float() @ taps)
-        return found.view(-1, self.groups, outs // self.groups, ins)
+        return (_waves(grid, self.window) @ taps).view(2, -1, self.groups, outs // self.groups, ins)
 
     @property
     def pointwise(self) -> bool:
@@ -93,22 +94,22 @@ class Kernel:
         return self.window.kernel == (1, 1) and self.window.padding == (0, 0)
 
     def from_left(self, spectrum: Tensor, grid: Torus) -> Tensor:
-        """W(f) X(f), complex64 [P, out, B], of X, [P, in, B]."""
+        """W(f) X(f), float32 [2, P, out, B], of X, [2, P, in, B]."""
         if self.pointwise and self.groups == 1:
-            flat = torch.view_as_real(spectrum.resolve_conj()).flatten(2)
-            product = torch.matmul(self.weight.flatten(1), flat)
-            return torch.view_as_complex(product.view(len(flat), len(self.weight), -1, 2))
+            return torch.matmul(self.weight.flatten(1), spectrum)
         return multiply(self.transfer(grid), spectrum)
 
     def both_sides(self, spectrum: Tensor, grid: Torus) -> Tensor:
-        """W(f) S(f) W(f)ᴴ of a Hermitian S, complex64 [P, in, in]."""
+        """W(f) S(f) W(f)ᴴ of a Hermitian S, float32 [2, P, in, in]."""
         if self.pointwise and self.groups == 1:
-            return self.from_left(self.from_left(spectrum, grid).mH, grid)
+            weight = self.weight.flatten(1)
+            return torch.matmul(torch.matmul(weight, spectrum), weight.T)
         transfer = self.transfer(grid)
-        if transfer.shape[2:] == (1, 1):
-            gains = transfer.view(len(transfer), -1)
-            return (spectrum * gains.unsqueeze(2)).mul_(gains.conj().resolve_conj().unsqueeze(1))
-        return multiply(transfer, multiply(transfer, spectrum).mH)
+        if transfer.shape[3:] == (1, 1):
+            return _times_gains(transfer.flatten(2), spectrum)
+        if self.groups == 1:
+            return _times_adjoint(multiply(transfer, spectrum), transfer[:, :, 0])
+        return multiply(transfer, adjoint(multiply(transfer, spectrum)))
 
     def mean(self, mean: Tensor) -> Tensor:
         """Through the layer itself: float32 [out, height, width] of [in, height, width]."""
@@ -119,13 +120,47 @@ class Kernel:
         return found.squeeze(0)
 
 
+@lru_cache(maxsize=TABLES)
+def _waves(grid: Torus, window: Window) -> Tensor:
+    """Cosines, then sines, of what every tap is shifted by, float32 [2 P, taps]."""
+    waves = grid.waves(window.offsets)
+    return torch.cat((waves.cosine, waves.sine)).float()
+
+
 def multiply(transfer: Tensor, spectrum: Tensor) -> Tensor:
-    """Multiply by a transfer function, [P, groups, out / groups, in / groups], from the left."""
-    points, groups, outs, ins = transfer.shape
-    if ins == 1 and outs == 1:
-        return transfer.view(points, groups, 1) * spectrum
-    grouped = spectrum.reshape(points, groups, ins, -1)
-    return (transfer @ grouped).view(points, groups * outs, -1)
+    """Multiply by a transfer function, [2, P, groups, out / groups, in / groups], from the left."""
+    _, points, groups, outs, ins = transfer.shape
+    (a, b), (x, y) = transfer.flatten(1, 2), spectrum.reshape(2, points * groups, ins, -1)
+    found = spectrum.new_empty(2, *a.shape[:2], x.shape[2])
+    if ins == 1 and outs == 1:  # elementwise: as matrices they are too small
+        torch.mul(a, x, out=found[0]).addcmul_(b, y, value=-1)
+        torch.mul(a, y, out=found[1]).addcmul_(b, x)
+    else:
+        torch.bmm(a, x, out=found[0]).baddbmm_(b, y, alpha=-1)
+        torch.bmm(a, y, out=found[1]).baddbmm_(b, x)
+    return found.view(2, points, groups * outs, -1)
+
+
+def _times_adjoint(product: Tensor, transfer: Tensor) -> Tensor:
+    """X Wᴴ, float32 [2, P, A, out], of X [2, P, A, in] and W [2, P, out, in]."""
+    (x, y), (a, b) = product, transfer.mT
+    found = product.new_empty(*product.shape[:3], transfer.shape[2])
+    torch.bmm(x, a, out=found[0]).baddbmm_(y, b)
+    torch.bmm(y, a, out=found[1]).baddbmm_(x, b, alpha=-1)
+    return found
+
+
+def _times_gains(gains: Tensor, spectrum: Tensor) -> Tensor:
+    """g_i S_ij conj(g_j), float32 [2, P, C, C], of gains [2, P, C]; a few frequencies at a time, which stay cached."""
+    found = torch.empty(spectrum.shape)
+    at_once = max(1, CACHED // spectrum[0, 0].numel())
+    for gain, before, after in zip(*(part.split(at_once, 1) for part in (gains, spectrum, found)), strict=True):
+        (a, b), (x, y) = gain.unsqueeze(3), before
+        real, imaginary = (x * a).addcmul_(y, b, value=-1), (y * a).addcmul_(x, b)
+        a, b = gain.unsqueeze(2)
+        torch.mul(real, a, out=after[0]).addcmul_(imaginary, b)
+        torch.mul(imaginary, a, out=after[1]).addcmul_(real, b, value=-1)
+    return found
 
 
 def convolved(field: Field, kernel: Kernel, bias: Tensor | None) -> Field:
@@ -136,7 +171,7 @@ def convolved(field: Field, kernel: Kernel, bias: Tensor | None) -> Field:
     spectrum = kernel.both_sides(field.spectrum, field.torus)
     grid = field.torus
     if mean.shape[1:].numel() == 1:
-        return Field(mean, grid.covariance(spectrum, _NOWHERE).to(torch.complex64), torus(1, 1))
+        return Field(mean, real(grid.covariance(spectrum, _NOWHERE)), torus(1, 1))
     if kernel.window.stride != (1, 1):
         grid, spectrum = grid.decimated(spectrum, kernel.window.stride)
     return Field(mean, spectrum, grid)

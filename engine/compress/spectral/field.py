@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .torus import Torus, rescaled
+from .torus import Torus, real, rescaled
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Field:
     mean: Tensor
     """Mean map, float32 [C, height, width] of the true size."""
     spectrum: Tensor
-    """Cross-spectral density S, complex64 [P, C, C], at the kept frequencies of ``torus``."""
+    """Cross-spectral density S, float32 [2, P, C, C]: real and imaginary parts at the kept frequencies of ``torus``."""
     torus: Torus
     lower: float | None = None
     """Least value the tensor can take (0 behind a ReLU)."""
@@ -28,18 +29,18 @@ class Field:
         """Channels C."""
         return self.mean.shape[0]
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """Variance around the mean map, the diagonal of R(0), float32 [C]."""
-        diagonal = self.spectrum.diagonal(dim1=1, dim2=2).real
+        diagonal = self.spectrum[0].diagonal(dim1=1, dim2=2)
         return (self.torus.pairs.float() @ diagonal / self.torus.size).clamp_min(0)
 
-    @property
+    @cached_property
     def channel_mean(self) -> Tensor:
         """Mean over positions, float32 [C]."""
         return self.mean.flatten(1).mean(1)
 
-    @property
+    @cached_property
     def total_variance(self) -> Tensor:
         """Variance over positions and draws, as a norm counts it: R(0) and the spread of the mean map, float32 [C]."""
         return self.variance + self.mean.flatten(1).var(1, correction=0)
@@ -61,7 +62,7 @@ class Field:
 
 def white(channels: int, size: tuple[int, int], grid: Torus, variance: float = 1.0) -> Field:
     """Return independent values of mean 0: what is assumed where nothing is known."""
-    spectrum = (variance * torch.eye(channels)).to(torch.complex64).expand(len(grid.points), -1, -1)
+    spectrum = real(variance * torch.eye(channels)).unsqueeze(1).expand(-1, len(grid.points), -1, -1)
     return Field(torch.zeros(channels, *size), spectrum, grid)
 
 
@@ -77,7 +78,7 @@ def image(channels: int, size: tuple[int, int], grid: Torus, exponent: float, co
     power = power * grid.size / (power * grid.pairs).sum()
     colours = torch.full((channels, channels), colour_correlation).fill_diagonal_(1.0)
     spectrum = power.float().view(-1, 1, 1) * colours
-    return Field(torch.zeros(channels, *size), spectrum.to(torch.complex64), grid)
+    return Field(torch.zeros(channels, *size), real(spectrum), grid)
 
 
 def full_size(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .convolve import Kernel
 from .field import Field
-from .torus import Torus
+from .torus import Torus, adjoint
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,9 @@ class Link:
     joins: bool = False
 
     def behind_strides(self, cross: Tensor) -> Tensor:
-        """Apply what follows the decimation to a cross-spectrum [P, in, B]."""
+        """Apply what follows the decimation to a cross-spectrum [2, P, in, B]."""
         if self.pad != (0, 0):
-            cross = torch.nn.functional.pad(torch.view_as_real(cross.resolve_conj()), (0, 0, 0, 0, *self.pad))
-            cross = torch.view_as_complex(cross)
+            cross = torch.nn.functional.pad(cross, (0, 0, *self.pad))
         return cross if self.gain is None else cross * self.gain.unsqueeze(1)
 
 
@@ -61,7 +60,7 @@ class Links:
             self.links[name] = link
 
     def cross(self, one: str, other: str) -> Tensor | None:
-        """Return the cross-spectrum S_xy of two nodes on one grid, complex64 [P, C_x, C_y]; None where none is known.
+        """Return the cross-spectrum S_xy of two nodes on one grid, float32 [2, P, C_x, C_y]; None where none is known.
 
         The later of the two is replaced by what it reads until both are one node, whose spectrum must be alive.
         """
@@ -70,7 +69,7 @@ class Links:
             return None if field is None else field.spectrum
         if self.order[one] < self.order[other]:
             found = self.cross(other, one)
-            return None if found is None else found.mH
+            return None if found is None else adjoint(found)
         link = self.links.get(one)
         if link is None:
             return None
@@ -91,13 +90,13 @@ class Links:
         return link.behind_strides(cross)
 
     def _joined(self, link: Link, parts: list[Tensor | None], known: Tensor) -> Tensor:
-        points, columns = known.shape[0], known.shape[2]
+        points, columns = known.shape[1], known.shape[3]
         sizes = [self.sizes[source][1] for source in link.sources]
         filled = [
-            known.new_zeros(points, size, columns) if part is None else part
+            known.new_zeros(2, points, size, columns) if part is None else part
             for part, size in zip(parts, sizes, strict=True)
         ]
-        return torch.cat(filled, 1)
+        return torch.cat(filled, 2)
 
     def _on_fine_grid(self, one: str, other: str) -> Tensor | None:
         first, second = self._path(one), self._path(other)
@@ -109,9 +108,9 @@ class Links:
         found = self.cross(first.source, second.source)
         if found is None:
             return None
-        found = self._heads(second, self._heads(first, found, grid).mH, grid)
+        found = self._heads(second, adjoint(self._heads(first, found, grid)), grid)
         _, found = grid.decimated(found, first.strides)
-        return self._tails(first, self._tails(second, found).mH)
+        return self._tails(first, adjoint(self._tails(second, found)))
 
     def _heads(self, path: _Path, cross: Tensor, grid: Torus) -> Tensor:
         kernel = path.decimating[-1].kernel

@@ -17,7 +17,7 @@ from .field import Field, full_size, image, white
 from .links import Link, Links
 from .options import SpectralOptions
 from .pointwise import activated
-from .torus import SMALLEST, Torus, torus
+from .torus import SMALLEST, Torus, add_adjoint, torus
 
 LARGEST_SPECTRUM = 2**23
 """Complex numbers in a spectrum, 64 MiB; there are some ten of them at a time."""
@@ -113,12 +113,15 @@ class Network:
     def _added(self, node: Node, inputs: list[Field]) -> tuple[Field, Link] | None:
         if len({(field.channels, field.torus, field.mean.shape) for field in inputs}) > 1:
             return None
-        spectrum = sum((field.spectrum for field in inputs[1:]), inputs[0].spectrum)
+        spectrum = inputs[0].spectrum.clone()
+        for field in inputs[1:]:
+            spectrum.add_(field.spectrum)
         for place, one in enumerate(node.inputs):
             for other in node.inputs[:place]:
                 cross = self.links.cross(one, other)
                 if cross is not None:
-                    spectrum = spectrum + cross + cross.mH
+                    spectrum.add_(cross)
+                    add_adjoint(spectrum, cross)
         bounded = all(field.lower is not None for field in inputs)
         lower = sum(field.lower or 0.0 for field in inputs) if bounded else None
         mean = sum((field.mean for field in inputs[1:]), inputs[0].mean)
@@ -128,15 +131,15 @@ class Network:
         if len({(field.torus, field.mean.shape[1:]) for field in inputs}) > 1:
             return None
         sizes = [field.channels for field in inputs]
-        spectrum = inputs[0].spectrum.new_zeros(len(inputs[0].spectrum), sum(sizes), sum(sizes))
-        blocks = [list(torch.split(row, sizes, 2)) for row in torch.split(spectrum, sizes, 1)]
+        spectrum = inputs[0].spectrum.new_zeros(*inputs[0].spectrum.shape[:2], sum(sizes), sum(sizes))
+        blocks = [list(torch.split(row, sizes, 3)) for row in torch.split(spectrum, sizes, 2)]
         for row, one in enumerate(node.inputs):
             blocks[row][row].copy_(inputs[row].spectrum)
             for column, other in enumerate(node.inputs[:row]):
                 cross = self.links.cross(one, other)
                 if cross is not None:
                     blocks[row][column].copy_(cross)
-                    blocks[column][row].copy_(cross.mH)
+                    add_adjoint(blocks[column][row], cross)
         mean = torch.cat([field.mean for field in inputs])
         lower = inputs[0].lower if len({field.lower for field in inputs}) == 1 else None
         upper = inputs[0].upper if len({field.upper for field in inputs}) == 1 else None
@@ -153,8 +156,7 @@ class Network:
         mean = functional.pad(mean, (0, 0, 0, 0, before, after))
         spectrum = field.spectrum
         if before or after:
-            parts = torch.view_as_real(spectrum.resolve_conj())
-            spectrum = torch.view_as_complex(functional.pad(parts, (0, 0, before, after, before, after)))
+            spectrum = functional.pad(spectrum, (before, after, before, after))
         # What stood at p stands at p + (top, left) now: a convolution with one tap.
         window = Window((1, 1), padding=(top, left))
         moved = Kernel(torch.ones(field.channels, 1, 1, 1), field.channels, window) if top or left else None

@@ -71,12 +71,12 @@ def _around_mean(field: Field, window: Window, groups: int) -> Tensor:
 
 
 def _in_groups(spectrum: Tensor, groups: int) -> Tensor:
-    """Return the blocks on the diagonal, [P, groups, C / groups, C / groups], of [P, C, C]."""
+    """Return the blocks on the diagonal, [2, P, groups, C / groups, C / groups], of [2, P, C, C]."""
     if groups == 1:
-        return spectrum.unsqueeze(1)
-    inputs = spectrum.shape[1] // groups
-    blocks = spectrum.reshape(-1, groups, inputs, groups, inputs)
-    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
+        return spectrum.unsqueeze(2)
+    inputs = spectrum.shape[2] // groups
+    blocks = spectrum.reshape(2, -1, groups, inputs, groups, inputs)
+    return blocks.diagonal(dim1=2, dim2=4).movedim(-1, 2).contiguous()
 
 
 def border_sums(kernel: Kernel, field: Field) -> Tensor:

@@ -63,12 +63,12 @@ def _series(field: Field, coefficients: Tensor, inverse: Tensor, variance: Tenso
     grid = field.torus
     lags = grid.near(reach)
     backward, forward = grid.to_covariance(lags), grid.to_spectrum(lags)
-    spectrum = torch.view_as_real(field.spectrum.resolve_conj())
+    spectrum = field.spectrum
     found = torch.empty(spectrum.shape)
-    at_once = max(1, CACHED // ((len(spectrum) + len(lags)) * field.channels))
+    at_once = max(1, CACHED // ((spectrum.shape[1] + len(lags)) * field.channels))
     for rows in torch.split(torch.arange(field.channels), at_once):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        real, imaginary = (side.flatten(1) for side in spectrum[:, part].unbind(-1))
+        real, imaginary = (side[:, part].flatten(1) for side in spectrum)
         even, odd = backward.cosine @ real, backward.sine @ imaginary
         scale = (inverse[part].unsqueeze(1) * inverse).flatten()
         products = [(value[part].unsqueeze(1) * value).flatten() / factorial(j) for j, value in enumerate(coefficients)]
@@ -78,9 +78,12 @@ def _series(field: Field, coefficients: Tensor, inverse: Tensor, variance: Tenso
             diagonal = side[0].view(len(rows), -1).diagonal(part.start)
             diagonal.copy_(torch.maximum(missing, diagonal))
         gain = products[1] * scale
-        found[:, part, :, 0] = (real * gain).addmm_(forward.cosine, ahead + behind).view(len(found), len(rows), -1)
-        found[:, part, :, 1] = (imaginary * gain).addmm_(forward.sine, behind - ahead).view(len(found), len(rows), -1)
-    return torch.view_as_complex(found)
+        for side, there, wave, lagged in (
+            (real, found[0], forward.cosine, ahead + behind),
+            (imaginary, found[1], forward.sine, behind - ahead),
+        ):
+            torch.mul(side, gain, out=there[:, part].flatten(1)).addmm_(wave, lagged)
+    return found
 
 
 def _curved(rho: Tensor, terms: list[Tensor]) -> Tensor:

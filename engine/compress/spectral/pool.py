@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .field import Field
-from .torus import rescaled, torus
+from .torus import real, rescaled, torus
 
 _MAXIMUM = {4: (1.029, 0.4917), 9: (1.485, 0.357)}
 """Mean and variance of the largest of 2 × 2 and 3 × 3 independent standard normal values (docs/methods.md)."""
@@ -19,11 +19,11 @@ def averaged(field: Field, size: tuple[int, int]) -> Field:
     """Return the field behind an average pool to ``size`` positions."""
     mean = functional.adaptive_avg_pool2d(field.mean, size)
     if size == (1, 1):
-        return Field(mean, field.spectrum[:1] / field.torus.size, torus(1, 1), field.lower, field.upper)
+        return Field(mean, field.spectrum[:, :1] / field.torus.size, torus(1, 1), field.lower, field.upper)
     strides = _strides(field, size)
     box = torch.cartesian_prod(*(torch.arange(stride) for stride in strides)).view(-1, 2)
-    cosine, sine = field.torus.waves(box)
-    power = cosine.mean(1).square() + sine.mean(1).square()
+    waves = field.torus.waves(box)
+    power = waves.cosine.mean(1).square() + waves.sine.mean(1).square()
     grid, spectrum = field.torus.decimated(field.spectrum * power.float().view(-1, 1, 1), strides)
     return Field(mean, spectrum, grid, field.lower, field.upper)
 
@@ -35,7 +35,7 @@ def maximum(field: Field, size: tuple[int, int], window: int) -> Field:
     independent values.
     """
     lags = torch.tensor([(0, 0), (1, 0), (0, 1)])
-    diagonal = field.spectrum.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    diagonal = field.spectrum.diagonal(dim1=2, dim2=3).unsqueeze(2)
     here, below, beside = field.torus.covariance(diagonal, lags).squeeze(1)
     rho = torch.where(here > 0, 0.5 * (below + beside) / here.clamp_min(1e-30), 1.0).clamp(0, 1)
     lift, rest = _MAXIMUM.get(window, _largest(window))
@@ -92,4 +92,4 @@ def flattened(field: Field) -> Field:
     covariance = field.torus.covariance(field.spectrum, distinct)
     blocks = covariance[index].view(len(places), len(places), field.channels, field.channels)
     spectrum = blocks.permute(2, 0, 3, 1).reshape(1, count, count)
-    return Field(mean, spectrum.to(torch.complex64), torus(1, 1), field.lower, field.upper)
+    return Field(mean, real(spectrum), torus(1, 1), field.lower, field.upper)

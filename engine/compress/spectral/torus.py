@@ -1,7 +1,8 @@
 """Second moments of stationary real fields on a torus: covariance functions, spectra, and the way between them.
 
 A field x[C, ny, nx] has R(τ) = E[x(p + τ) x(p)ᵀ] and S(f) = Σ_τ R(τ) exp(-i f τ). R(-τ) = R(τ)ᵀ and S(-f) = conj S(f),
-so one of each pair ±τ and ±f is kept. Tori here are small, so the transform is a matrix product over a leading axis.
+so one of each pair ±τ and ±f is kept. Tori here are small, so the transform is a matrix product over a leading axis. A
+spectrum is float32 [2, P, ...], its real and its imaginary parts, each of them contiguous; tables are made once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 SMALLEST = 4
 """Strides do not make a side smaller than this: the taps of a 3 × 3 kernel would meet around the torus."""
+TABLES = 32
+"""Tables of each kind that are kept: of the largest torus one takes 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,15 @@ class Torus:
         """Positions."""
         return self.height * self.width
 
-    def waves(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def waves(self, offsets: Tensor) -> Waves:
         """Cosine and sine of 2π f · offset at every kept f, float64 [P, N], for ``offsets``, int64 [N, 2]."""
         turns = self.points.double() / torch.tensor([self.height, self.width])
         angles = 2 * math.pi * (turns @ offsets.double().T)
         # What is left of a zero in floating point would give denormal products, which are slow.
         cosine, sine = (torch.where(wave.abs() < 1e-12, 0.0, wave) for wave in (angles.cos(), angles.sin()))
-        return cosine, sine
+        return Waves(cosine, sine)
 
+    @lru_cache(maxsize=TABLES)  # noqa: B019  # a torus is one of a few and lives as long
     def near(self, reach: int) -> Tensor:
         """Return the kept lags of at most ``reach`` along each axis, signed, int64 [L, 2], the origin first."""
         lags = self.signed(self.points)
@@ -74,28 +78,24 @@ class Torus:
 
     def to_covariance(self, lags: Tensor) -> Waves:
         """R(τ) = cosine · Re S - sine · Im S at ``lags`` (int64 [L, 2]): float32 [L, P] each."""
-        cosine, sine = ((wave.T * self.pairs / self.size).float() for wave in self.waves(lags))
-        return Waves(cosine, sine)
+        return _to_covariance(self, _Points(lags))
 
     def to_spectrum(self, lags: Tensor) -> Waves:
         """S = cosine · (R(τ) + R(-τ)) + i sine · (R(-τ) - R(τ)), one of each ±τ in ``lags``: float32 [P, L] each."""
-        size = torch.tensor([self.height, self.width])
-        alone = ((2 * lags) % size == 0).all(1)
-        cosine, sine = ((wave * torch.where(alone, 0.5, 1.0)).float() for wave in self.waves(lags))
-        return Waves(cosine, sine)
+        return _to_spectrum(self, _Points(lags))
 
     def covariance(self, spectrum: Tensor, lags: Tensor | None = None) -> Tensor:
-        """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, complex64 [P, A, B]."""
+        """R at ``lags`` (int64 [L, 2], default the kept ones), float32 [L, A, B], of S, float32 [2, P, A, B]."""
         waves = self.to_covariance(self.points if lags is None else lags)
-        parts = torch.view_as_real(spectrum.resolve_conj()).flatten(1, -2).unbind(-1)
-        found = torch.addmm(waves.cosine @ parts[0], waves.sine, parts[1], alpha=-1)
-        return found.view(-1, *spectrum.shape[1:])
+        real, imaginary = (part.flatten(1) for part in spectrum)
+        found = torch.addmm(waves.cosine @ real, waves.sine, imaginary, alpha=-1)
+        return found.view(-1, *spectrum.shape[2:])
 
     def spectrum(self, covariance: Tensor, mirrored: Tensor) -> Tensor:
-        """S, complex64 [P, A, B], of R at the kept lags and ``mirrored``, R at their negatives, float32 [P, A, B]."""
+        """S, float32 [2, P, A, B], of R at the kept lags and ``mirrored``, R at their negatives, float32 [P, A, B]."""
         waves = self.to_spectrum(self.points)
         even, odd = (covariance + mirrored).flatten(1), (mirrored - covariance).flatten(1)
-        return torch.complex(waves.cosine @ even, waves.sine @ odd).view(covariance.shape)
+        return torch.stack((waves.cosine @ even, waves.sine @ odd)).view(2, *covariance.shape)
 
     def decimated(self, spectrum: Tensor, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
         """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag.
@@ -103,20 +103,75 @@ class Torus:
         The torus becomes smaller by the strides, but not below SMALLEST (where it was not); lags that it then does not
         hold are taken from its edge.
         """
-        sides = [
-            min(side, max(side // stride, SMALLEST))
-            for side, stride in zip((self.height, self.width), strides, strict=True)
-        ]
-        small = torus(sides[0], sides[1])
-        edge = torch.tensor([self.height // 2, self.width // 2])
-        lags = (small.signed(small.points) * torch.tensor(strides)).clamp(-edge, edge)
-        return small, small.spectrum(self.covariance(spectrum, lags), self.covariance(spectrum, -lags))
+        small, folds = _folds(self, strides)
+        return small, torch.bmm(folds, spectrum.flatten(2)).view(2, -1, *spectrum.shape[2:])
+
+
+class _Points:
+    """Offsets that a table is made for, int64 [N, 2]; equal where their values are."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.key = values, values.numpy().tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Points) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@lru_cache(maxsize=TABLES)
+def _to_covariance(grid: Torus, lags: _Points) -> Waves:
+    waves = grid.waves(lags.values)
+    cosine, sine = ((wave.T * grid.pairs / grid.size).float() for wave in (waves.cosine, waves.sine))
+    return Waves(cosine, sine)
+
+
+@lru_cache(maxsize=TABLES)
+def _to_spectrum(grid: Torus, lags: _Points) -> Waves:
+    waves = grid.waves(lags.values)
+    alone = ((2 * lags.values) % torch.tensor([grid.height, grid.width]) == 0).all(1)
+    cosine, sine = ((wave * torch.where(alone, 0.5, 1.0)).float() for wave in (waves.cosine, waves.sine))
+    return Waves(cosine, sine)
+
+
+@lru_cache(maxsize=TABLES)
+def _folds(grid: Torus, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
+    """Return the decimated torus and what makes its spectrum of this one's, float32 [2, P of it, P].
+
+    It is the way to the covariance function and back: even lags need the real part alone, odd ones the imaginary.
+    """
+    sides = [
+        min(side, max(side // stride, SMALLEST))
+        for side, stride in zip((grid.height, grid.width), strides, strict=True)
+    ]
+    small = torus(sides[0], sides[1])
+    edge = torch.tensor([grid.height // 2, grid.width // 2])
+    lags = (small.signed(small.points) * torch.tensor(strides)).clamp(-edge, edge)
+    there, back = grid.to_covariance(lags), small.to_spectrum(small.points)
+    pairs = ((back.cosine, there.cosine), (back.sine, there.sine))
+    return small, torch.stack([(2 * (after.double() @ before.double())).float() for after, before in pairs])
+
+
+def adjoint(spectrum: Tensor) -> Tensor:
+    """Return Sᴴ, float32 [2, P, B, A], of S."""
+    return torch.stack((spectrum[0].mT, spectrum[1].mT.neg()))
+
+
+def add_adjoint(spectrum: Tensor, other: Tensor) -> None:
+    """Add the adjoint of ``other``, [2, P, A, A], to a spectrum in place."""
+    spectrum[0].add_(other[0].mT)
+    spectrum[1].sub_(other[1].mT)
+
+
+def real(values: Tensor) -> Tensor:
+    """Return a spectrum without imaginary part, float32 [2, P, ...] of [P, ...]."""
+    return torch.stack((values, torch.zeros_like(values)))
 
 
 def rescaled(spectrum: Tensor, gain: Tensor) -> Tensor:
-    """Multiply rows and columns of [P, C, C] by ``gain``, float32 [C]."""
-    outer = gain.unsqueeze(1) * gain
-    return torch.view_as_complex(torch.view_as_real(spectrum.resolve_conj()) * outer.unsqueeze(-1))
+    """Multiply rows and columns of [2, P, C, C] by ``gain``, float32 [C]."""
+    return spectrum * (gain.unsqueeze(1) * gain)
 
 
 @lru_cache(maxsize=64)
