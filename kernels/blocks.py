@@ -30,21 +30,19 @@ class Block:
     That shape is [segments, length], or [length, segments] where they are short.
     """
 
-    wide: Tensor
-    """The weights."""
-    level: Tensor
-    """Room for what stands for each weight."""
-    term: Tensor
-    """Room for the terms of a sum; whatever is added up or stored may overwrite it."""
+    room: Tensor
+    """All three, [3, ...]."""
     dim: int
     """The dimension along which a segment lies."""
     number: int = 0
     """Which of the blocks it is."""
 
-    @cached_property
-    def bits(self) -> Tensor:
-        """Int64: the bits of ``term``."""
-        return self.term.view(torch.int64)
+    def __post_init__(self) -> None:
+        self.rooms = self.room.unbind()
+        self.wide, self.level, self.term = self.rooms
+        """The weights; room for what stands for each; room for terms of a sum, which whatever is stored overwrites."""
+        self.bits = self.room.view(torch.int64)
+        """Those of all rooms."""
 
     @cached_property
     def whole(self) -> Tensor:
@@ -54,10 +52,6 @@ class Block:
     def narrow(self) -> Tensor:
         """Return float32 room of the block's shape; it is ``term``'s."""
         return self.whole.view(torch.float32)
-
-    def sum_to(self, found: Tensor, terms: Tensor) -> None:
-        """Add ``terms`` up along the segments."""
-        torch.sum(terms, self.dim, out=found)
 
     def store(self, codes: Tensor, offset: int, bits: int, rows: Tensor) -> None:
         """Pack whole numbers of the block's shape, plus ``offset``, into the bytes of its ``rows``."""
@@ -104,8 +98,7 @@ class Segments:
             values = piece.reshape(-1, self.length)
             values = values if self._dim else values.T
             if block is None or block.wide.shape != values.shape:
-                wide, level, term = self._room[:, : values.numel()].view(3, *values.shape).unbind()
-                block = Block(wide, level, term, self._dim)
+                block = Block(self._room[:, : values.numel()].view(3, *values.shape), self._dim)
             block.wide.copy_(values)
             block.number = number
             yield block
@@ -115,55 +108,39 @@ class Segments:
         """Return the rows of each block of ``values`` [rows, ...]."""
         return self._split(values, self._rows)
 
-    def each(self, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    def each(self, values: Tensor, dim: int = -1) -> tuple[Tensor, ...]:
         """Return the part of each block of ``values``, whose dimension ``dim`` is [segments]."""
         return self._split(values, self._rows * self._groups, dim)
 
     def across(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the same of [segments] to be broadcast against the blocks; one number stands for all segments."""
-        return self.each(values.expand(self.count).unsqueeze(self._dim), 1 - self._dim)
+        """Return the same of [..., segments] to be broadcast against the blocks; one number stands for all segments."""
+        wide = values if values.shape[-1] == self.count else values.expand(self.count)
+        return self.each(wide.unsqueeze(self._dim - 2), -1 - self._dim)
 
     def _split(self, values: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
         return (values,) if self._one_block else torch.split(values, size, dim)
 
+    def room_for(self, sums: int) -> Tensor:
+        """Return int64 room [sums, segments], in the order in which torch adds up fast along the segments."""
+        if self._dim:  # where sums come first in memory, threads share those out and not the segments
+            return self._weight.new_empty((self.count, sums), dtype=torch.int64).T
+        return self._weight.new_empty((sums, self.count), dtype=torch.int64)
+
     def extremes(self) -> Tensor:
         """Return float32 [3, segments]: largest magnitude, minimum and maximum."""
+        found = self._weight.new_empty((3, self.count), dtype=None if self._dim else torch.float64)
+        minimum, maximum = found[1], found[2]
         if self._dim:
             segments = self._weight.view(-1, self._groups, self.length)
-            minimum, maximum = segments.amin(2).flatten().float(), segments.amax(2).flatten().float()
+            torch.amin(segments, 2, out=minimum.view(-1, self._groups))
+            torch.amax(segments, 2, out=maximum.view(-1, self._groups))
         else:
-            found = self._weight.new_empty((2, self.count), dtype=torch.float64)
-            least, most = self.each(found[0]), self.each(found[1])
+            least, most = self.each(minimum), self.each(maximum)
             for block in self.blocks():
                 torch.amin(block.wide, 0, out=least[block.number])
                 torch.amax(block.wide, 0, out=most[block.number])
-            minimum, maximum = found.float()
-        return torch.stack([torch.maximum(-minimum, maximum).abs(), minimum, maximum])
-
-
-class ExactSum:
-    """One of ``ExactSums``; see there."""
-
-    def __init__(self, segments: Segments, pattern: Tensor, found: Tensor) -> None:
-        self._across, self._each, self._length = segments.across(pattern), segments.each(found), segments.length
-
-    def add(self, block: Block, left: Tensor, right: Tensor) -> None:
-        """Find a block's totals of ``left * right``, which must be exact in float64.
-
-        Then it does not matter whether the processor contracts product and sum: only the sum is rounded.
-        """
-        torch.addcmul(self._across[block.number], left, right, out=block.term)
-        block.sum_to(self._each[block.number], block.bits)
-
-    def add_terms(self, block: Block, terms: Tensor) -> None:
-        """Find a block's totals of ``terms``."""
-        torch.add(terms, self._across[block.number], out=block.term)
-        block.sum_to(self._each[block.number], block.bits)
-
-    def of(self, block: Block) -> Tensor:
-        """Return the multiples, int64 [segments], of the last block."""
-        pattern = self._across[block.number].squeeze(block.dim).view(torch.int64)
-        return self._each[block.number] - pattern * self._length
+        torch.amax(found[1:].abs(), 0, out=found[0])
+        return found.float()
 
 
 class ExactSums:
@@ -171,14 +148,37 @@ class ExactSums:
 
     These are float64 [sums, segments]. A term below 2^51 units that is added to 1.5 * 2^52 of them is rounded so, and
     the low bits of the sum count the multiples. Bits are added modulo 2^64, so that segments of any length are exact.
+
+    The terms of the sums lie in neighbouring rooms of the block, from ``first`` on, to be added up at once. Those of the
+    last sum are made first: what lies in the rooms before is still there to make the others of.
     """
 
-    def __init__(self, segments: Segments, units: Tensor) -> None:
+    def __init__(self, segments: Segments, units: Tensor, first: int = 0) -> None:
         self._patterns, self._length = units * _ROUNDING, segments.length
-        self._found = torch.empty_like(units, dtype=torch.int64)
-        both = zip(self._patterns.unbind(), self._found.unbind(), strict=True)
-        self.each = [ExactSum(segments, pattern, found) for pattern, found in both]
+        self._found = segments.room_for(len(units))
+        self._across = list(zip(*map(segments.across, self._patterns.unbind()), strict=True))
+        self._each, self._rooms = segments.each(self._found), slice(first, first + len(units))
+
+    def multiply(self, block: Block, number: int, left: Tensor, right: Tensor) -> None:
+        """Make the terms ``left * right`` of a sum, which must be exact in float64.
+
+        Then it does not matter whether the processor contracts product and sum: only the sum is rounded.
+        """
+        torch.addcmul(self._across[block.number][number], left, right, out=block.rooms[self._rooms][number])
+
+    def take(self, block: Block, number: int, terms: Tensor) -> None:
+        """Make ``terms`` those of a sum."""
+        torch.add(terms, self._across[block.number][number], out=block.rooms[self._rooms][number])
+
+    def add(self, block: Block) -> None:
+        """Add up what the rooms of all sums hold."""
+        torch.sum(block.bits[self._rooms], block.dim + 1, out=self._each[block.number])
+
+    def of(self, block: Block) -> Tensor:
+        """Return the multiples, int64 [sums, segments], of the last block."""
+        patterns = [pattern.squeeze(block.dim) for pattern in self._across[block.number]]
+        return self._each[block.number] - torch.stack(patterns).view(torch.int64) * self._length
 
     def totals(self) -> Tensor:
         """Return the multiples, int64 [sums, segments], of all."""
-        return self._found - self._patterns.view(torch.int64) * self._length
+        return self._found.sub_(self._patterns.view(torch.int64), alpha=self._length)

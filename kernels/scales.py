@@ -16,7 +16,11 @@ SMALLEST = 2.0**-149
 
 @dataclass(frozen=True)
 class Scales:
-    """Of each segment: stored factors, the float64 multiplier and offset of ``u = rint(w * inverse + offset)``."""
+    """Of each segment: stored factors, the float64 multiplier and offset of ``u = rint(w * inverse + offset)``.
+
+    ``zero_point``, ``offset`` and ``spread`` are the asymmetric grid's and zeros elsewhere: a symmetric grid's offset
+    is the same for all segments.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -32,11 +36,11 @@ def _symmetric_scales(absmax: Tensor, format: CodeFormat) -> Scales:
     if format.grid is Grid.DOREFA:
         levels = 2**format.bits - 1
         # a number over a tensor would be its reciprocal times the number, which rounds twice
-        inverse = torch.full_like(wide, levels).div_(2.0 * wide).nan_to_num_(posinf=0.0)
-        return Scales(absmax, none, inverse, torch.full_like(wide, levels / 2), none)
+        inverse = torch.full_like(wide, levels / 2).div_(wide).nan_to_num_(posinf=0.0)
+        return Scales(absmax, none, inverse, none, none)
     scale = (wide / (2 ** (format.bits - 1) - 1)).float()
     inverse = scale.double().reciprocal_().nan_to_num_(posinf=0.0)
-    return Scales(scale, none, inverse, torch.zeros_like(wide), none)
+    return Scales(scale, none, inverse, none, none)
 
 
 def _asymmetric_scales(minimum: Tensor, maximum: Tensor, format: CodeFormat) -> Scales:

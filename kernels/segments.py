@@ -164,7 +164,8 @@ def finish(
     """
     found = sums.sums()
     if step is not None:
-        found[1:].mul_(torch.stack([step, step * step]))
+        found[1].mul_(step)
+        found[2].mul_(step * step)
     original_norm, dot, quantized_norm = tree_sum(found, 2).unbind()
     return Quantized(
         format=format,

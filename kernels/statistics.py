@@ -71,12 +71,13 @@ def _segment_totals(segments: Segments, bits: int) -> tuple[Tensor, ...]:
     """Return the fields of ``_Totals``, [segments] each."""
     extremes = segments.extremes()
     largest = above(extremes[0])
-    sums = ExactSums(segments, torch.stack([largest, largest * largest]).mul_(2.0**-bits))
-    magnitudes, squares = sums.each
+    sums = ExactSums(segments, torch.stack([largest * largest, largest]).mul_(2.0**-bits))
     for block in segments.blocks():
-        magnitudes.add_terms(block, torch.abs(block.wide, out=block.level))
-        squares.add(block, block.wide, block.wide)
-    return *extremes, *sums.totals()
+        sums.take(block, 1, torch.abs(block.wide, out=block.level))
+        sums.multiply(block, 0, block.wide, block.wide)
+        sums.add(block)
+    squares, magnitudes = sums.totals()
+    return *extremes, magnitudes, squares
 
 
 @jit

@@ -9,6 +9,8 @@ FINENESS = 40
 """Bits kept below the power of two that bounds a segment's terms."""
 EXACT_RUN = 8192
 """This many terms below 2^40 stay below 2^53, so that float64 adds them without rounding in any order."""
+_EXPONENT = 0x7FF << 52
+"""The bits of a float64's exponent."""
 
 
 def fineness(length: int) -> int:
@@ -31,8 +33,9 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def above(absmax: Tensor) -> Tensor:
-    """Return float64 2^e with ``absmax < 2^e``, e as in ``exponents``."""
-    return power_of_two(exponents(absmax))
+    """Return float64 2^e with ``absmax < 2^e``, e as in ``exponents``: 129 of what is not finite."""
+    below = absmax.double().view(torch.int64).bitwise_and_(_EXPONENT).view(torch.float64)  # 2^(e-1), 0 for 0
+    return below.mul_(2.0).clamp_(2.0**-125, 2.0**129)
 
 
 def exact_total(terms: Tensor) -> Tensor:

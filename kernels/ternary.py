@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .blocks import Block, ExactSum, ExactSums, Segments
+from .blocks import Block, ExactSums, Segments
 from .formats import CodeFormat, Grid, Quantized
 from .launch import use_triton
 from .optimum import optimal_thresholds_reference, thresholds_batch
@@ -44,13 +44,11 @@ def _encode(segments: Segments, format: CodeFormat, given: Tensor | None, packed
     """
     absmax = segments.extremes()[0]
     units = units_of(format, absmax, absmax)
-    sums = ExactSums(segments, units[[0, 1, 1]])
-    squares, kept, magnitudes = sums.each
+    sums, magnitudes = ExactSums(segments, units[:2]), ExactSums(segments, units[1:2], first=2)
     number = torch.zeros_like(absmax, dtype=torch.float64)
     numbers, rows, steps = segments.each(number), segments.rows(packed), segments.each(units[1])
     thresholds = () if given is None else segments.across(given.double())
     for block in segments.blocks():
-        squares.add(block, block.wide, block.wide)
         magnitude = torch.abs(block.wide, out=block.level)
         if given is None:
             threshold = _twn_threshold(block, magnitudes, steps[block.number])
@@ -58,19 +56,21 @@ def _encode(segments: Segments, format: CodeFormat, given: Tensor | None, packed
             threshold = thresholds[block.number]
         # a comparison that writes numbers is much faster than one that writes booleans
         beyond = torch.gt(magnitude, threshold, out=block.level)
-        block.sum_to(numbers[block.number], beyond)
+        torch.sum(beyond, block.dim, out=numbers[block.number])
         sign = beyond.mul_(torch.sign(block.wide, out=block.term))
         block.store(sign, 1, 2, rows[block.number])
-        kept.add(block, block.wide, sign)
-    totals, count = sums.totals(), number.long()
-    totals[2] = count
-    return absmax, units, totals, segments.length - count
+        sums.multiply(block, 1, block.wide, sign)
+        sums.multiply(block, 0, block.wide, block.wide)
+        sums.add(block)
+    count = number.long()
+    return absmax, units, torch.stack([*sums.totals(), count]), segments.length - count
 
 
-def _twn_threshold(block: Block, magnitudes: ExactSum, step: Tensor) -> Tensor:
+def _twn_threshold(block: Block, magnitudes: ExactSums, step: Tensor) -> Tensor:
     """Return the float64 threshold of the magnitudes in ``level``; what ``magnitudes`` counts is worth ``step``."""
-    magnitudes.add_terms(block, block.level)
-    found = _threshold(magnitudes.of(block) * step, block.level.shape[block.dim])
+    magnitudes.take(block, 0, block.level)
+    magnitudes.add(block)
+    found = _threshold(magnitudes.of(block)[0] * step, block.level.shape[block.dim])
     return found.double().unsqueeze(block.dim)
 
 

@@ -62,18 +62,18 @@ def _encode(
         bound = absmax + scales.spread
     units = units_of(format, absmax, bound)
     sums = ExactSums(segments, units)
-    squares, dots, norms = sums.each
     halves = format.grid is Grid.DOREFA  # are its levels, never zero; but see _finish
     zeros = torch.zeros_like(absmax, dtype=torch.int64 if halves else torch.float64)
     grid = _Steps(segments, format, scales, clip, packed)
     each = segments.each(zeros)
     for block in segments.blocks():
-        squares.add(block, block.wide, block.wide)
         grid.round(block)
-        dots.add(block, block.level, block.wide)
-        norms.add(block, block.level, block.level)
         if not halves:
-            block.sum_to(each[block.number], torch.eq(block.level, 0, out=block.term))
+            torch.sum(torch.eq(block.level, 0, out=block.term), block.dim, out=each[block.number])
+        sums.multiply(block, 2, block.level, block.level)
+        sums.multiply(block, 1, block.level, block.wide)
+        sums.multiply(block, 0, block.wide, block.wide)
+        sums.add(block)
     return scales, (absmax, units, sums.totals(), zeros.long())
 
 
