@@ -140,8 +140,8 @@ class SpectralMoments:
 
     def _release(self, node: Node) -> None:
         for name in self.expiring.get(node.name, ()):
-            self.original.fields.pop(name, None)
-            self.quantized.fields.pop(name, None)
+            self.original.release(name)
+            self.quantized.release(name)
 
 
 def _mean_correction(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -75,6 +75,8 @@ class Kernel:
     """float32 [out, in / groups, *kernel]."""
     groups: int
     window: Window
+    kept: dict[Torus, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Transfer functions that are still to be asked for; whoever puts one here takes it out."""
 
     @staticmethod
     def of(rows: Tensor, layer: Layer, window: Window) -> Kernel:
@@ -84,6 +86,8 @@ class Kernel:
 
     def transfer(self, grid: Torus) -> Tensor:
         """W(f) = Σ_t w_t exp(i f t), float32 [2, P, groups, out / groups, in / groups]."""
+        if grid in self.kept:
+            return self.kept[grid]
         outs, ins = self.weight.shape[:2]
         taps = self.weight.flatten(2).movedim(2, 0).flatten(1)
         return (_waves(grid, self.window) @ taps).view(2, -1, self.groups, outs // self.groups, ins)
@@ -99,17 +103,16 @@ class Kernel:
             return torch.matmul(self.weight.flatten(1), spectrum)
         return multiply(self.transfer(grid), spectrum)
 
-    def both_sides(self, spectrum: Tensor, grid: Torus) -> Tensor:
-        """W(f) S(f) W(f)ᴴ of a Hermitian S, float32 [2, P, in, in]."""
-        if self.pointwise and self.groups == 1:
-            weight = self.weight.flatten(1)
-            return torch.matmul(torch.matmul(weight, spectrum), weight.T)
-        transfer = self.transfer(grid)
-        if transfer.shape[3:] == (1, 1):
-            return _times_gains(transfer.flatten(2), spectrum)
-        if self.groups == 1:
-            return _times_adjoint(multiply(transfer, spectrum), transfer[:, :, 0])
-        return multiply(transfer, adjoint(multiply(transfer, spectrum)))
+    def both_sides(self, spectrum: Tensor, grid: Torus) -> tuple[Tensor, Tensor | None]:
+        """W(f) S(f) W(f)ᴴ of a Hermitian S, float32 [2, P, out, out], and W(f) S(f) where that came first."""
+        if self.weight.shape[1] == 1 and self.groups == len(self.weight) and not self.pointwise:
+            return _times_gains(self.transfer(grid).flatten(2), spectrum), None
+        product = self.from_left(spectrum, grid)
+        if self.groups > 1:
+            return multiply(self.transfer(grid), adjoint(product)), product
+        if self.pointwise:
+            return torch.matmul(product, self.weight.flatten(1).T), product
+        return _times_adjoint(product, self.transfer(grid)[:, :, 0]), product
 
     def mean(self, mean: Tensor) -> Tensor:
         """Through the layer itself: float32 [out, height, width] of [in, height, width]."""
@@ -163,15 +166,26 @@ def _times_gains(gains: Tensor, spectrum: Tensor) -> Tensor:
     return found
 
 
-def convolved(field: Field, kernel: Kernel, bias: Tensor | None) -> Field:
-    """Return the field behind a weight layer."""
+@dataclass(frozen=True)
+class Convolved:
+    """A field behind a weight layer, and how it varies together with the layer's input."""
+
+    field: Field
+    product: Tensor | None
+    """W(f) S(f), float32 [2, P, out, in], on the input's torus; None where it is not known."""
+
+
+def convolved(field: Field, kernel: Kernel, bias: Tensor | None) -> Convolved:
+    """Return what stands behind a weight layer; its transfer function stays kept."""
     mean = kernel.mean(field.mean)
     if bias is not None:
         mean = mean + bias.float().view(-1, 1, 1)
-    spectrum = kernel.both_sides(field.spectrum, field.torus)
     grid = field.torus
+    if not kernel.pointwise:
+        kernel.kept[grid] = kernel.transfer(grid)
+    spectrum, product = kernel.both_sides(field.spectrum, grid)
     if mean.shape[1:].numel() == 1:
-        return Field(mean, real(grid.covariance(spectrum, _NOWHERE)), torus(1, 1))
+        return Convolved(Field(mean, real(grid.covariance(spectrum, _NOWHERE)), torus(1, 1)), product)
     if kernel.window.stride != (1, 1):
         grid, spectrum = grid.decimated(spectrum, kernel.window.stride)
-    return Field(mean, spectrum, grid)
+    return Convolved(Field(mean, spectrum, grid), product)

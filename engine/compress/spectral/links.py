@@ -52,12 +52,18 @@ class Links:
         self.order, self.fields = order, fields
         self.links: dict[str, Link] = {}
         self.sizes: dict[str, tuple[Torus, int]] = {}
+        self.products: dict[tuple[str, str], Tensor] = {}
+        """Cross-spectra of layers with their inputs that are known already, by (input, layer)."""
 
     def note(self, name: str, field: Field, link: Link | None) -> None:
         """Keep a node's torus and channels, and its linear map where it has one."""
         self.sizes[name] = field.torus, field.channels
         if link is not None:
             self.links[name] = link
+
+    def forget(self, source: str) -> None:
+        """Let go of the products with ``source``."""
+        self.products = {names: product for names, product in self.products.items() if names[0] != source}
 
     def cross(self, one: str, other: str) -> Tensor | None:
         """Return the cross-spectrum S_xy of two nodes on one grid, float32 [2, P, C_x, C_y]; None where none is known.
@@ -71,8 +77,8 @@ class Links:
             found = self.cross(other, one)
             return None if found is None else adjoint(found)
         link = self.links.get(one)
-        if link is None:
-            return None
+        if link is None or (other, one) in self.products:
+            return self.products.get((other, one))
         if link.strides != (1, 1):
             return self._on_fine_grid(one, other)
         return self._along(link, lambda source: self.cross(source, other))

@@ -33,6 +33,7 @@ class Network:
         self.fields: dict[str, Field] = {}
         self.links = Links({node.name: place for place, node in enumerate(graph.nodes)}, self.fields)
         self.postponed: dict[str, Node] = {}
+        self.latest: Kernel | None = None
 
     def put(self, node: Node, field: Field, link: Link | None = None) -> None:
         """Keep the field behind ``node``."""
@@ -44,9 +45,18 @@ class Network:
         if kernel is None:
             self.put(node, self.unknown(node, field.torus))
             return
-        found = convolved(field, kernel, bias)
-        link = Link(node.inputs[:1], kernel, kernel.window.stride) if found.torus.size > 1 else None
-        self.put(node, found, link)
+        if self.latest is not None:
+            self.latest.kept.clear()
+        self.latest, found, source = kernel, convolved(field, kernel, bias), node.inputs[0]
+        link = Link((source,), kernel, kernel.window.stride) if found.field.torus.size > 1 else None
+        self.put(node, found.field, link)
+        if found.product is not None and kernel.window.stride == (1, 1) and len(self.graph.users[source]) > 1:
+            self.links.products[source, node.name] = found.product
+
+    def release(self, name: str) -> None:
+        """Forget the field behind a node, and how others vary together with it."""
+        self.fields.pop(name, None)
+        self.links.forget(name)
 
     def unknown(self, node: Node, grid: Torus) -> Field:
         """Return white noise of the node's shape: the fallback behind an operation that has no rule."""
