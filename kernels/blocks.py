@@ -13,7 +13,7 @@ from .packing import pack_reference
 from .segments import Part
 
 BLOCK = 3 << 14
-"""Elements that a thread works on at a time: what it computes with stays in its core's second-level cache."""
+"""Elements, about, that a thread works on at a time: what it computes with stays in its core's second-level cache."""
 _SHARED = 2
 """Threads that a block is made for, at most: to wait for more of them takes longer than what they would do."""
 SHORT = 32
@@ -82,7 +82,8 @@ class Segments:
         self._weight = weight.detach()[:, part.columns]
         rows, width = self._weight.shape
         self.count = rows * width // self.length
-        self._rows = min(rows, max(1, BLOCK * min(_SHARED, torch.get_num_threads()) // width))
+        blocks = max(1, round(rows * width / (BLOCK * min(_SHARED, torch.get_num_threads()))))
+        self._rows = -(-rows // blocks)  # nearly as many in the last, where the operations take as long by themselves
         self._groups, self._one_block = width // self.length, self._rows == rows
         self._dim = int(self.length >= SHORT)
         self._room = self._weight.new_empty((3, self._rows * width), dtype=torch.float64)
@@ -149,8 +150,8 @@ class ExactSums:
     These are float64 [sums, segments]. A term below 2^51 units that is added to 1.5 * 2^52 of them is rounded so, and
     the low bits of the sum count the multiples. Bits are added modulo 2^64, so that segments of any length are exact.
 
-    The terms of the sums lie in neighbouring rooms of the block, from ``first`` on, to be added up at once. Those of the
-    last sum are made first: what lies in the rooms before is still there to make the others of.
+    The terms of the sums lie in neighbouring rooms of the block, from ``first`` on, to be added up at once. Those of
+    the last sum are made first: what lies in the rooms before is still there to make the others of.
     """
 
     def __init__(self, segments: Segments, units: Tensor, first: int = 0) -> None:
@@ -176,8 +177,8 @@ class ExactSums:
 
     def of(self, block: Block) -> Tensor:
         """Return the multiples, int64 [sums, segments], of the last block."""
-        patterns = [pattern.squeeze(block.dim) for pattern in self._across[block.number]]
-        return self._each[block.number] - torch.stack(patterns).view(torch.int64) * self._length
+        patterns = torch.stack(self._across[block.number]).squeeze(block.dim + 1)
+        return self._each[block.number] - patterns.view(torch.int64) * self._length
 
     def totals(self) -> Tensor:
         """Return the multiples, int64 [sums, segments], of all."""
