@@ -17,11 +17,13 @@ from .scale_search import Rounded, clip_search, nearest_levels, spread, ternary_
 
 MAX_FEEDBACK = 8192
 """Columns above which a layer is rounded to nearest: its matrices take more than 1 GiB."""
+COARSE = 4
+"""Bits up to which the scale of least ‖w - q‖² is not good enough for H: there several are tried."""
 
 
 @dataclass(frozen=True)
 class FeedbackOptions:
-    """How a layer is rounded."""
+    """How a layer is rounded; layer-wise scales have one start, the scale that was found."""
 
     damp: float = 0.01
     """Added to the diagonal of H, relative to its mean."""
@@ -31,10 +33,13 @@ class FeedbackOptions:
     """Uniform grids: choose the clip by squared error, else take the full range."""
     sweeps: int | None = None
     """None: two with a re-fit of the scale after each for ternary, one without for uniform grids."""
-    starts: tuple[float, ...] = (1.0, 0.9, 0.8)
+    starts: tuple[float, ...] = (1.1, 1.0, 0.9, 0.8, 0.7)
     """Ternary: factors of the optimum scale that rounding starts from; each row keeps the best end."""
-    descents: int = 1
-    """Passes of coordinate descent behind the sweeps (before the last re-fit); a second gains a tenth of the first."""
+    coarse_starts: tuple[float, ...] = (1.2, 1.1, 1.0, 0.9, 0.8)
+    """Uniform grids up to ``COARSE`` bits: the same, of the scale that the clip search found."""
+    descents: int | None = None
+    """Passes of coordinate descent behind the sweeps, before the last re-fit; None: two for uniform grids up to
+    ``COARSE`` bits, else one."""
 
 
 @dataclass(frozen=True)
@@ -142,14 +147,26 @@ def _in_place(levels: Tensor, order: Tensor) -> Tensor:
 
 
 def _improved(
-    rows: Tensor, start: Rounded, moments: Tensor | Factor, options: FeedbackOptions, *, sweeps: int, refit: bool
+    rows: Tensor,
+    start: Rounded,
+    moments: Tensor | Factor,
+    options: FeedbackOptions,
+    starts: tuple[float, ...],
+    *,
+    sweeps: int,
+    descents: int,
+    refit: bool,
 ) -> Rounded:
-    """``error_feedback`` where the layer is not too long for it."""
+    """``error_feedback`` from each of ``starts`` times the scale, where the layer is not too long for it."""
     length = start.format.length
     if length > MAX_FEEDBACK:
         return replace(start, fallback=f"rows of {length} are longer than error feedback takes ({MAX_FEEDBACK})")
     factor = _factor(rows, moments, options)
-    return error_feedback(rows, start, factor, sweeps=sweeps, descents=options.descents, refit=refit)
+    if start.format.layer_wise or starts == (1.0,):
+        return error_feedback(rows, start, factor, sweeps=sweeps, descents=descents, refit=refit)
+    many, tried = _repeated(rows, len(starts), len(factor.order)), _tried(start, starts, len(factor.order))
+    ends = error_feedback(many, tried, factor, sweeps=sweeps, descents=descents, refit=refit)
+    return _best(rows, start, ends, factor)
 
 
 def _factor(rows: Tensor, moments: Tensor | Factor, options: FeedbackOptions) -> Factor:
@@ -176,12 +193,8 @@ def ternary_feedback(
     """
     start = ternary_optimum(rows, group_size=group_size, layer_wise=layer_wise)
     sweeps = 2 if options.sweeps is None else options.sweeps
-    if layer_wise or start.format.length > MAX_FEEDBACK:
-        return _improved(rows, start, moments, options, sweeps=sweeps, refit=True)
-    factor = _factor(rows, moments, options)
-    tried = _tried(start, options.starts, len(factor.order))
-    many = _repeated(rows, len(options.starts), len(factor.order))
-    return _best(rows, start, _improved(many, tried, factor, options, sweeps=sweeps, refit=True), factor)
+    descents = 1 if options.descents is None else options.descents
+    return _improved(rows, start, moments, options, options.starts, sweeps=sweeps, descents=descents, refit=True)
 
 
 def _repeated(rows: Tensor, times: int, batch: int) -> Tensor:
@@ -193,7 +206,8 @@ def _tried(start: Rounded, factors: tuple[float, ...], batch: int) -> Rounded:
     """Return ``start`` once for every factor of its scale."""
     scale = _repeated(start.scale, len(factors), batch).view(batch, len(factors), -1, start.scale.shape[1])
     scaled = (scale * torch.tensor(factors, device=scale.device).view(-1, 1, 1)).view(-1, start.scale.shape[1])
-    return replace(start, levels=_repeated(start.levels, len(factors), batch), scale=scaled)
+    point = None if start.zero_point is None else _repeated(start.zero_point, len(factors), batch)
+    return replace(start, levels=_repeated(start.levels, len(factors), batch), scale=scaled, zero_point=point)
 
 
 def _best(rows: Tensor, start: Rounded, tried: Rounded, factor: Factor) -> Rounded:
@@ -228,8 +242,8 @@ def uniform_feedback(
 ) -> Rounded:
     """Round ``rows`` (float32 [rows, length]) to 2^bits levels with error feedback; ``moments`` as for ternary.
 
-    The clip is chosen by squared error, 0.7–1.0 of the range (0.4–1.0 up to 4 bits). More than one sweep re-fits the
-    scale after each, but for the asymmetric grid.
+    The clip is chosen by squared error, 0.7–1.0 of the range (0.4–1.0 up to 4 bits). Up to ``COARSE`` bits several
+    scales about that one are tried. More than one sweep re-fits the scale after each, but for the asymmetric grid.
     """
     format = code_format(rows, grid, bits, group_size or rows.shape[1], layer_wise)
     lowest = None if options.clip_search else 1.0
@@ -237,4 +251,7 @@ def uniform_feedback(
     start = Rounded(format, nearest_levels(rows, format, found), found.scale, found.zero_point)
     sweeps = 1 if options.sweeps is None else options.sweeps
     refit = sweeps > 1 and grid is not Grid.ASYMMETRIC
-    return _improved(rows, start, moments, options, sweeps=sweeps, refit=refit)
+    coarse = bits <= COARSE and options.clip_search
+    starts = options.coarse_starts if coarse else (1.0,)
+    descents = options.descents if options.descents is not None else 2 if coarse else 1
+    return _improved(rows, start, moments, options, starts, sweeps=sweeps, descents=descents, refit=refit)

@@ -9,16 +9,23 @@ from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.models.pairs import PAIRING_VERSION
 
 
-def test_the_constants_of_recipes_version_2() -> None:
-    assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (2, 2, 1)
+def test_the_constants_of_recipes_version_3() -> None:
+    assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (3, 2, 1)
     assert (least_squares.DAMPING, least_squares.ENOUGH) == (0.1, 4)
     assert (patches.SAMPLES, patches.SAMPLES_A_WEIGHT, patches.DEPTHWISE_SAMPLES) == (24_000, 2.5, 6_000)
     assert synthetic.RESIDUAL_SHARE == 0.5
     assert (make_calibrator.SMALL_IMAGES, make_calibrator.LARGE_IMAGES) == (256, 64)
     assert scale_search.CLIPS == 25
     assert feedback.FeedbackOptions() == feedback.FeedbackOptions(
-        damp=0.01, order="falling", clip_search=True, sweeps=None, starts=(1.0, 0.9, 0.8), descents=1
+        damp=0.01,
+        order="falling",
+        clip_search=True,
+        sweeps=None,
+        starts=(1.1, 1.0, 0.9, 0.8, 0.7),
+        coarse_starts=(1.2, 1.1, 1.0, 0.9, 0.8),
+        descents=None,
     )
+    assert feedback.COARSE == 4
     assert SpectralOptions() == SpectralOptions(
         side=32, exponent=3.0, colour_correlation=0.93, order=4, reach=2, tau=1.0, contrast=0.1, independence=0.2
     )

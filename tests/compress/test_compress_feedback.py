@@ -244,3 +244,14 @@ def test_moments_that_do_not_fit_are_refused_with_their_shape() -> None:
         ternary_feedback(random_rows(4, 10), random_moments(1, 9))
     with pytest.raises(ValueError, match=r"\(3, 10, 10\) do not fit rows of shape \(4, 10\)"):
         ternary_feedback(random_rows(4, 10), random_moments(3, 10))
+
+
+@pytest.mark.parametrize("grid", UNIFORM)
+def test_several_scales_lose_less_than_the_one_of_least_squared_error(grid: Grid) -> None:
+    weight, moments = random_rows(48, 72), random_moments(1, 72)
+    one, several = (
+        losses(weight, uniform_feedback(weight, moments, 3, options, grid=grid), moments)
+        for options in (FeedbackOptions(coarse_starts=(1.0,)), FeedbackOptions())
+    )
+    assert (several <= one * (1 + 1e-5)).all()
+    assert several.sum() < 0.97 * one.sum()
