@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .convolve import Kernel, Window
 from .field import Field
+from .torus import TABLES
 
 
 def inside(size: int, window: Window, axis: int) -> Tensor:
@@ -21,7 +24,12 @@ def inside(size: int, window: Window, axis: int) -> Tensor:
 
 def coverage(field: Field, window: Window) -> Tensor:
     """Return the share of output positions where both of two taps read inside the map, float32 [taps, taps]."""
-    shares = [inside(size, window, axis) for axis, size in enumerate(field.mean.shape[1:])]
+    return _coverage(field.mean.shape[1], field.mean.shape[2], window)
+
+
+@lru_cache(maxsize=TABLES)
+def _coverage(height: int, width: int, window: Window) -> Tensor:
+    shares = [inside(size, window, axis) for axis, size in enumerate((height, width))]
     rows, columns = (share @ share.T / share.shape[1] for share in shares)
     return torch.kron(rows, columns)
 
@@ -56,18 +64,25 @@ def _shrunk(moments: Tensor, taps: int, independence: float) -> Tensor:
     return moments
 
 
-def _around_mean(field: Field, window: Window, groups: int) -> Tensor:
+@lru_cache(maxsize=TABLES)
+def _lags(window: Window) -> tuple[Tensor, Tensor]:
+    """Return the distinct differences of two taps, int64 [L, 2], and which of them a pair has, int64 [taps, taps]."""
     taps = window.offsets
-    inputs = field.channels // groups
     lags = (taps.unsqueeze(1) - taps).flatten(0, 1)
     distinct, index = torch.unique(lags, dim=0, return_inverse=True)
+    return distinct, index.view(len(taps), -1)
+
+
+def _around_mean(field: Field, window: Window, groups: int) -> Tensor:
+    distinct, index = _lags(window)
+    inputs, taps = field.channels // groups, len(index)
     covariance = field.torus.covariance(_in_groups(field.spectrum, groups), distinct)
-    found = covariance.new_empty(groups, inputs, len(taps), inputs, len(taps))
-    shares = coverage(field, window)
-    for pair, lag in enumerate(index.tolist()):
-        one, other = divmod(pair, len(taps))
-        torch.mul(covariance[lag], shares[one, other], out=found[:, :, one, :, other])
-    return found.view(groups, inputs * len(taps), -1)
+    shares = coverage(field, window)[:, :, None, None, None]
+    found = covariance.new_empty(groups, inputs, taps, inputs, taps)
+    for one in range(taps):
+        part = covariance[index[one]].mul_(shares[one])
+        found[:, :, one].copy_(part.permute(1, 2, 3, 0))
+    return found.view(groups, inputs * taps, -1)
 
 
 def _in_groups(spectrum: Tensor, groups: int) -> Tensor:
