@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .launch import on_device, use_triton
+from .launch import on_device, use_triton, warps_for
 
 DEAD_FRACTION = 1e-12
 """A channel is dead where the denominator is at most this fraction of the layer's largest."""
@@ -180,7 +180,7 @@ def compensate_triton(layers: Sequence[LowLayer]) -> list[Solution]:
             sum(sizes),
             DEAD=DEAD_FRACTION,
             BLOCK=BLOCK,
-            num_warps=4,
+            num_warps=warps_for(4),
             enable_fp_fusion=False,
         )
     pairs = zip(torch.split(c, sizes), torch.split(dead.bool(), sizes), strict=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._triton import jit, tl
 from .device import load_codes
 from .formats import CodeFormat, Grid
-from .launch import launch_shape, on_device, use_triton
+from .launch import launch_shape, on_device, use_triton, warps_for
 from .packing import check_packed, unpack_reference
 from .segments import row_chunks, row_parts
 
@@ -124,7 +124,7 @@ def dequantize_triton(
                 BF16=dtype is torch.bfloat16,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
-                num_warps=shape.num_warps,
+                num_warps=warps_for(shape.num_warps),
                 enable_fp_fusion=False,
             )
     return values

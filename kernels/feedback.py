@@ -14,7 +14,7 @@ from torch import Tensor
 from ._triton import jit, tl
 from .formats import Grid
 from .grids import Steps, grid_steps, in_steps, losses
-from .launch import LaunchShape, on_device, power_of_two_above, use_triton
+from .launch import LaunchShape, on_device, power_of_two_above, use_triton, warps_for
 
 BLOCK = 128
 """Columns between two matmuls with all others."""
@@ -250,7 +250,7 @@ def feedback_round_triton(
                 GROUPED=group is not None,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
-                num_warps=shape.num_warps,
+                num_warps=warps_for(shape.num_warps),
                 enable_fp_fusion=False,
             )
     return level

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._triton import available
+from .shapes import LANES
 
 TILE = 512
 """Elements a program holds at a time: four for each thread of four warps. Twice as many spill (compile_kernels.py)."""
@@ -21,6 +22,7 @@ class LaunchShape:
     rows: int
     block: int
     num_warps: int
+    """Of 32 threads; see ``warps_for``."""
 
 
 def power_of_two_above(n: int) -> int:
@@ -36,6 +38,15 @@ def launch_shape(rows: int, length: int) -> LaunchShape:
     block = min(TILE, max(8, power_of_two_above(length)))
     tile_rows = min(TILE // block, power_of_two_above(rows))
     return LaunchShape(rows=tile_rows, block=block, num_warps=max(1, min(4, tile_rows * block // 128)))
+
+
+def warps_for(warps: int, threads: int | None = None) -> int:
+    """Return how many warps have as many threads as ``warps`` of 32, one at least.
+
+    A warp has so many ``threads``: by default those of this installation's GPUs, which are 64 on AMD.
+    """
+    threads = threads or (LANES if torch.version.hip is None else 2 * LANES)
+    return max(1, warps * LANES // threads)
 
 
 def use_triton(tensor: Tensor) -> bool:

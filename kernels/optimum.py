@@ -8,7 +8,7 @@ from torch import Tensor
 from ._triton import jit, tl
 from .device import exponent_of, two_to_the
 from .formats import CodeFormat
-from .launch import LaunchShape, on_device, power_of_two_above
+from .launch import LaunchShape, on_device, power_of_two_above, warps_for
 from .segments import row_chunks, row_parts
 from .sums import exponents, fineness, power_of_two
 from .table import Batch, sent_to
@@ -96,7 +96,7 @@ def _launch(batch: Batch, shape: LaunchShape, rows: list[list[int]], found: Tens
             DTYPE=batch.dtype,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            num_warps=shape.num_warps,
+            num_warps=warps_for(shape.num_warps),
             enable_fp_fusion=False,
         )
 

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from ._triton import jit, tl
 from .device import load_codes, store_codes
-from .launch import launch_shape, on_device, use_triton
+from .launch import launch_shape, on_device, use_triton, warps_for
 
 # Pairs of lanes that are joined in three steps: bytes, then 16-bit lanes, then 32-bit lanes of one int64.
 _LOW_LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
@@ -125,7 +125,7 @@ def pack_triton(codes: Tensor, bits: int) -> Tensor:
                 BITS=bits,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
-                num_warps=shape.num_warps,
+                num_warps=warps_for(shape.num_warps),
                 enable_fp_fusion=False,
             )
     return packed
@@ -169,7 +169,7 @@ def unpack_triton(packed: Tensor, bits: int, length: int) -> Tensor:
                 BITS=bits,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
-                num_warps=shape.num_warps,
+                num_warps=warps_for(shape.num_warps),
                 enable_fp_fusion=False,
             )
     return codes

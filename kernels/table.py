@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .formats import CodeFormat
-from .launch import on_device
+from .launch import on_device, warps_for
 from .segments import Part
-from .shapes import LANES, Tile, measured_tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
+from .shapes import Tile, measured_tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
 from .sums import fineness
 from .tuned import Choice, choice_for, choices_for
 
@@ -182,7 +182,7 @@ class Batch:
                 DTYPE=self.dtype,
                 KINDS=tuple(tile.code for tile in kinds),
                 WARPS=chosen[0].warps,
-                num_warps=max(1, chosen[0].warps * LANES // _warp_threads()),
+                num_warps=warps_for(chosen[0].warps),
                 enable_fp_fusion=False,
                 **_register_limit(None if walked else most_registers(kinds, limited)),
             )
@@ -215,11 +215,6 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def _register_limit(registers: int | None) -> dict[str, int]:
     """Return the launch option that gives a thread so many registers; AMD has none of that kind."""
     return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
-
-
-def _warp_threads() -> int:
-    """Return the threads of a warp: AMD's have 64."""
-    return LANES if torch.version.hip is None else 2 * LANES
 
 
 def sent_to(device: torch.device, rows: Sequence[Sequence[int]], tile_rows: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._triton import jit, tl
 from .dequantize import dequantize
 from .formats import Quantized, TapSums, TapSumsOfBoth
-from .launch import launch_shape, on_device, use_triton
+from .launch import launch_shape, on_device, use_triton, warps_for
 from .segments import check_weight, row_chunks
 
 
@@ -82,7 +82,7 @@ def tap_sums_triton(weight: Tensor, taps: int) -> TapSums:
                 TAPS=taps,
                 ROWS=shape.rows,
                 BLOCK=shape.block,
-                num_warps=shape.num_warps,
+                num_warps=warps_for(shape.num_warps),
                 enable_fp_fusion=False,
             )
     return TapSums(sums, squares)

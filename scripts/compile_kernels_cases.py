@@ -9,11 +9,11 @@ from typing import Any
 from dfmpc.kernels.compensate import compensate_kernel
 from dfmpc.kernels.dequantize import dequantize_kernel
 from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
-from dfmpc.kernels.launch import LaunchShape, launch_shape
+from dfmpc.kernels.launch import LaunchShape, launch_shape, warps_for
 from dfmpc.kernels.moments import moments_kernel
 from dfmpc.kernels.optimum import LONGEST, optimum_kernel, optimum_shape
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
-from dfmpc.kernels.shapes import LANES, NUM_WARPS, Tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
+from dfmpc.kernels.shapes import NUM_WARPS, Tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
 from dfmpc.kernels.statistics import statistics_kernel
 from dfmpc.kernels.sweep_kernel import sweep_kernel
 from dfmpc.kernels.tap_sums import tap_sums_kernel
@@ -126,7 +126,7 @@ class Shape:
 
 def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
     """Return the shape of ``tile`` on a GPU whose warps have ``warp`` threads."""
-    size, warps = ITEMSIZE[weight], NUM_WARPS * LANES // warp
+    size, warps = ITEMSIZE[weight], warps_for(NUM_WARPS, warp)
     constants = {"DTYPE": weight, "KINDS": (tile.code,), "WARPS": NUM_WARPS}
     held = tile.rows * tile.elements * (size + 4 * case.factored) // (warps * warp)
     wide = tile.vector if tile.aligned else 1
@@ -150,7 +150,7 @@ def blocked(case: Case, length: int, warp: int) -> Shape:
     return Shape(
         label=f"{shape.rows}×{shape.block}",
         constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
-        num_warps=max(1, shape.num_warps * LANES // warp),
+        num_warps=warps_for(shape.num_warps, warp),
         registers=None,
         elements=shape.rows * length,
         segments=shape.rows,

@@ -11,7 +11,12 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 from dfmpc.kernels import Grid, pack
-from dfmpc.kernels.statistics import row_statistics_triton
+from dfmpc.kernels.optimum import optimal_thresholds_triton
+from dfmpc.kernels.packing import pack_triton, unpack_triton
+from dfmpc.kernels.segments import code_format
+from dfmpc.kernels.statistics import row_statistics_triton, statistics_batch
+from dfmpc.kernels.table import Batch
+from dfmpc.kernels.tap_sums import tap_sums_triton
 from dfmpc.kernels.ternary import ternary_reference
 from dfmpc.kernels.uniform import uniform_reference
 
@@ -69,6 +74,32 @@ def test_launches_outside_the_context_are_not_caught(device: str) -> None:
         pass
     row_statistics_triton(torch.ones(1, 8, device=device), 8)
     assert caught.launches == []
+
+
+@pytest.mark.parametrize(("hip", "threads"), [(None, 32), ("6.3", 64)])
+def test_launches_have_the_warps_that_the_compile_check_gives_them(
+    hip: str | None, threads: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != "cpu":
+        pytest.skip("a real GPU has warps of its own")
+    from bench_kernels_launches import catching  # noqa: PLC0415
+    from compile_kernels_cases import cases, shapes_of  # noqa: PLC0415
+
+    expected = {
+        case.kernel.fn.__name__: {shape.num_warps for _, shape in shapes_of(case, [64], "fp32", threads)}
+        for case in cases("fp32")
+    }
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with catching() as caught:
+        statistics_batch(Batch.of(weight, code_format(weight, Grid.DOREFA, 4, 64, False)))
+        optimal_thresholds_triton(weight, code_format(weight, Grid.TERNARY, 2, 64, False))
+        unpack_triton(pack_triton(torch.ones(64, 64, dtype=torch.uint8), 6), 6, 64)
+        tap_sums_triton(weight, 1)
+    found = {launch.kernel.fn.__name__: launch.constants["num_warps"] for launch in caught.launches}
+    assert len(found) == 5
+    assert all(expected[name] == {warps} for name, warps in found.items())
+    assert set(found.values()) == {128 // threads}
 
 
 def test_one_wrong_bit_takes_the_speed_away() -> None:
