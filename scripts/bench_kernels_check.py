@@ -17,6 +17,7 @@ from dfmpc.kernels import (
     uniform,
 )
 from dfmpc.kernels.dequantize import dequantize_reference
+from dfmpc.kernels.formats import TapSums, TapSumsOfBoth
 from dfmpc.kernels.optimum import LONGEST, optimal_thresholds_reference, optimal_thresholds_triton
 from dfmpc.kernels.segments import code_format
 from dfmpc.kernels.statistics import row_statistics_reference
@@ -41,8 +42,8 @@ class Operation:
     reference: Callable[[Any], Any]
     prepare: Callable[[Tensor], Any] = _itself
     """What ``run`` and ``reference`` take, made of a weight."""
-    longest: int | None = None
-    """Elements of the longest row that a kernel does; longer ones have no launch to time."""
+    suits: Callable[[int], bool] = bool
+    """Whether it is timed on rows of so many elements: where its kernel runs and the package would ask for it."""
 
 
 def _uniform(bits: int) -> Operation:
@@ -67,7 +68,24 @@ def _optimum() -> Operation:
     def run(weight: Tensor, of: Callable[..., Tensor] = optimal_thresholds_triton) -> Tensor:
         return of(weight, code_format(weight, Grid.TERNARY, 2, weight.shape[1], layer_wise=False))
 
-    return Operation("optimum", run, lambda weight: run(weight, optimal_thresholds_reference), longest=LONGEST)
+    return Operation(
+        "optimum", run, lambda weight: run(weight, optimal_thresholds_reference), suits=lambda length: length <= LONGEST
+    )
+
+
+def _tapped() -> Operation:
+    """Ternary codes with the tap sums of 5×5 and 3×3 layers: what runs before the analytic calibrator."""
+
+    def run(weight: Tensor, of: Callable[..., Quantized] = ternary) -> Quantized:
+        length = weight.shape[1]
+        return of(weight, group_size=length, taps=25 if length % 25 == 0 else 9)
+
+    return Operation(
+        "tapped ternary",
+        run,
+        lambda weight: run(weight, ternary_reference),
+        suits=lambda length: length % 25 == 0 or length % 9 == 0,
+    )
 
 
 def _codes(weight: Tensor) -> Quantized:
@@ -76,7 +94,7 @@ def _codes(weight: Tensor) -> Quantized:
 
 def operations_on(shapes: Shapes) -> list[Operation]:
     """Return what is timed on ``shapes``."""
-    return [each for each in operations() if each.longest is None or shapes.longest <= each.longest]
+    return [each for each in operations() if each.suits(shapes.longest)]
 
 
 def operations() -> list[Operation]:
@@ -87,6 +105,7 @@ def operations() -> list[Operation]:
             lambda weight: ternary(weight, group_size=weight.shape[1]),
             lambda weight: ternary_reference(weight, group_size=weight.shape[1]),
         ),
+        _tapped(),
         _uniform(4),
         _uniform(6),
         _factored(4),
@@ -148,7 +167,13 @@ def tensors_of(result: Any) -> dict[str, Tensor]:
     """Return the tensors of a result by their names; all have the rows first."""
     if isinstance(result, Tensor):
         return {"values": result}
-    return {name: value for name, value in vars(result).items() if isinstance(value, Tensor)}
+    found = {}
+    for name, value in vars(result).items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, TapSums | TapSumsOfBoth):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors_of(value).items()}
+    return found
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -116,6 +116,21 @@ def test_one_wrong_bit_takes_the_speed_away() -> None:
     assert difference(ternary, [weight], [result]) == "ternary: scale of a [6, 16] tensor"
 
 
+def test_a_wrong_tap_sum_takes_the_speed_away_too(shapes: ModuleType) -> None:
+    from bench_kernels_check import difference, operations_on  # noqa: PLC0415
+
+    timed = [[each.name for each in operations_on(single)] for single in shapes.SINGLE]
+    assert ["tapped ternary" in names for names in timed] == [False, False, True, True, False, True, True]
+    assert ["optimum" in names for names in timed] == [True, False, *[True] * 5]
+    tapped = next(operation for operation in operations_on(shapes.SINGLE[-1]) if operation.name == "tapped ternary")
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
+    result = tapped.reference(weight)
+    assert result.taps.quantized.squares.shape == (6, 2)
+    assert difference(tapped, [weight], [result]) == ""
+    result.taps.quantized.squares[2, 1] += 1.0
+    assert difference(tapped, [weight], [result]) == "tapped ternary: taps.quantized.squares of a [6, 50] tensor"
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_chain_packs_the_same_stream(bits: int) -> None:
     from bench_kernels_chain import packed  # noqa: PLC0415
