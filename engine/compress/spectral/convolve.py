@@ -157,7 +157,7 @@ def _times_gains(gains: Tensor, spectrum: Tensor) -> Tensor:
     """g_i S_ij conj(g_j), float32 [2, P, C, C], of gains [2, P, C]; a few frequencies at a time, which stay cached."""
     found = torch.empty(spectrum.shape)
     at_once = max(1, CACHED // spectrum[0, 0].numel())
-    for gain, before, after in zip(*(part.split(at_once, 1) for part in (gains, spectrum, found)), strict=True):
+    for gain, before, after in zip(*(torch.split(part, at_once, 1) for part in (gains, spectrum, found)), strict=True):
         (a, b), (x, y) = gain.unsqueeze(3), before
         real, imaginary = (x * a).addcmul_(y, b, value=-1), (y * a).addcmul_(x, b)
         a, b = gain.unsqueeze(2)
