@@ -20,6 +20,7 @@ from ..models.pairs import find_pairs
 from .assign import Assignment, assign
 from .budget.choose import choose_bits
 from .calibrate import InputMoments
+from .fold_scales import fold_scales
 from .make_calibrator import make_calibrator, sums_taps
 from .neighbours.run import compress_neighbour
 from .quantize import quantize_layer
@@ -81,7 +82,8 @@ def _compress(model: LoadedModel, plan: DfmpcPlan | RtnPlan, rules: Sequence[Lay
     pairs = [pair for pair in pairing.pairs if pair.low in work and pair.high in work]
     walked = _walk(model, plan, steps, pairs, work, device)
     tensors = {name: value.float() for name, value in walked.tensors.items()}
-    return Compressed(tuple(item.finish(pairing, walked) for item in work.values()), tensors, kept)
+    found = Compressed(tuple(item.finish(pairing, walked) for item in work.values()), tensors, kept)
+    return fold_scales(found, model.graph, model.state) if plan.fold_scales else found
 
 
 def _with_lost_partners(given: Assignment, pairing: Pairing, kept: Mapping[str, str]) -> Assignment:

@@ -26,6 +26,10 @@ def _levels(fields: dict[str, Any]) -> Literal[3, 4]:
     return 4 if fields.get("budget") is not None and clipped and not asked else 3
 
 
+def _folds(fields: dict[str, Any]) -> bool:
+    return fields.get("budget") is not None and fields.get("recipe") == "auto"
+
+
 class DfmpcPlan(SizedPlan):
     """DF-MPC (arXiv 2307.00498): LOW layers get few bits, per-channel coefficients let the HIGH layers repair them."""
 
@@ -54,6 +58,11 @@ class DfmpcPlan(SizedPlan):
         default_factory=_levels,
         description="Levels of a 2-bit LOW layer: 3 is ternary; 4 uses every code of the two bits (DoReFa), in the "
         "same bytes. Default: 3, but 4 with a budget, unless `ternary` is given or scales are not clipped.",
+    )
+    fold_scales: bool = Field(
+        default_factory=_folds,
+        description="Let the BatchNorm behind a layer hold its channels' scales, so that the layer stores one: the "
+        "same network in fewer bytes. Default: true with a budget and `recipe: auto`, else false.",
     )
     rounding: Literal["nearest", "feedback"] | None = Field(
         None, description="To nearest, or with error feedback over the layer's input moments; default: the recipe's."

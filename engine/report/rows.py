@@ -114,7 +114,10 @@ class LayerRow:
     params: Annotated[int | None, Column("Weights of the layer.", "count")] = None
     bits: Annotated[int | None, Column("Bits of a code; null for a kept layer.", "bits")] = None
     grid: Annotated[str | None, Column("Grid of the codes: ternary, dorefa, symmetric or asymmetric.")] = None
-    granularity: Annotated[str | None, Column("What shares a scale: tensor, channel or group:N.")] = None
+    granularity: Annotated[
+        str | None,
+        Column("What shares a scale: tensor, channel, group:N, or norm: a channel, its scale in the norm behind."),
+    ] = None
     sqnr_db: Annotated[
         float | None, Column("Signal over quantization error of the weights before c; null without error.", "dB")
     ] = None

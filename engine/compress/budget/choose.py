@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import UnsupportedModelError
@@ -13,6 +13,7 @@ from ...models.graph import Pairing
 from ...models.load import LoadedModel
 from ...models.pairs import find_pairs
 from ..assign import Assignment, assign
+from ..fold_scales import norms_for_scales
 from .sensitivity import LayerUse, layer_uses
 from .sizes import layer_bytes, overhead
 from .solver import Choices, solve
@@ -86,7 +87,7 @@ class _Problem:
         options = _options(model, plan, rules, pairing)
         if not options:
             raise UnsupportedModelError(f"{model.source.name}: no layer is quantized, so a budget means nothing")
-        self.sweep = _sweep(model, options)
+        self.sweep = _sweep(model, options, norms_for_scales(model.graph) if plan.fold_scales else {})
         self.choices = [Choices(layer.sizes, layer.effects) for layer in self.sweep]
         self.params = sum(layer.params for layer in self.sweep)
         self.overhead = overhead(model, plan, {name: found[0] for name, found in options.items()}, pairing)
@@ -149,12 +150,16 @@ def _options(
     return {name: options for name, options in found.items() if options}
 
 
-def _sweep(model: LoadedModel, options: Mapping[str, Sequence[Assignment]]) -> tuple[LayerSweep, ...]:
+def _sweep(
+    model: LoadedModel, options: Mapping[str, Sequence[Assignment]], in_norms: Container[str]
+) -> tuple[LayerSweep, ...]:
     uses = layer_uses(model)
-    return tuple(_sweep_one(model, found, uses[name]) for name, found in options.items())
+    return tuple(_sweep_one(model, found, uses[name], name in in_norms) for name, found in options.items())
 
 
-def _sweep_one(model: LoadedModel, options: Sequence[Assignment], uses: Sequence[LayerUse]) -> LayerSweep:
+def _sweep_one(
+    model: LoadedModel, options: Sequence[Assignment], uses: Sequence[LayerUse], in_norm: bool
+) -> LayerSweep:
     layer = options[0].layer
     found = measure(model.state[layer.weight], options, uses)
     return LayerSweep(
@@ -162,7 +167,7 @@ def _sweep_one(model: LoadedModel, options: Sequence[Assignment], uses: Sequence
         role=options[0].role,
         params=layer.params,
         bits=tuple(option.bits for option in options),
-        sizes=tuple(layer_bytes(option) for option in options),
+        sizes=tuple(layer_bytes(option, in_norm) for option in options),
         errors=_settled(found.errors),
         effects=_settled(found.effects),
     )

@@ -20,11 +20,12 @@ _MANIFEST, _MANIFEST_LAYER = 2_500, 900
 """Bytes of the manifest: of its frame and of a layer's entry; measured."""
 
 
-def layer_bytes(option: Assignment) -> int:
-    """Return the bytes of a layer's codes and scales."""
+def layer_bytes(option: Assignment, in_norm: bool = False) -> int:
+    """Return the bytes of a layer's codes and scales; ``in_norm``: a norm holds the scales of its channels."""
     layer = option.layer
     form = CodeFormat(option.grid, option.bits, layer.length, option.group_size, option.layer_wise)
-    scales = 1 if option.layer_wise else layer.out_channels * form.groups
+    one = option.layer_wise or (in_norm and form.groups == 1)
+    scales = 1 if one else layer.out_channels * form.groups
     return layer.out_channels * form.row_bytes + _FLOAT * scales
 
 
