@@ -80,18 +80,18 @@ def test_ingredients_of_a_fixed_task() -> None:
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        (RtnPlan(name="p", method="rtn", bits=4), "20a4c817e137ef8f73c7434b4e16fe434f1910d78acd455ddffe419534b5141c"),
+        (RtnPlan(name="p", method="rtn", bits=4), "06bbdb0e75425ea22536f21935ccf1a7b2d30ab9cf5d552b0f27b740a2e37de4"),
         (
             DfmpcPlan(name="p", method="dfmpc", recipe="published"),
-            "aa10d5ff6307be4420b783deef1e8459d927dcf013f4e1ebe77d6a660941e812",
+            "b2d3bb1f2320a37254cd86b7f9e58175aa243c95f30f26299e0464f31a1da0c1",
         ),
         (
             DfmpcPlan(name="p", method="dfmpc"),
-            "3917bbfc4a4e73646c316f4c0a102bfc0884f543cef3aaccc9462995750f0205",
+            "6f7435c4727f5e5071e0f1620ef8da4df18f3c783252aa399dbc6fa2d4fa3de9",
         ),
         (
             OmsePlan(name="p", method="omse", bits=4),
-            "0d15968f03d030810e829e137489b64d72777be810f1d598e5829c1717faeb9e",
+            "7c8ff89e4e77e54d74972e6809430033b097bbfd5cbe9df90e0e43aefc4aa37c",
         ),
     ],
     ids=["rtn", "published", "auto", "neighbour"],
