@@ -99,6 +99,8 @@ def tile_for(length: int, itemsize: int, aligned: bool, mixed: bool) -> Tile:
 
 SMALL = 16
 """Elements a thread may hold for four programs to fit a multiprocessor's registers."""
+MEDIUM = 24
+"""For three programs."""
 WALK = 160
 """Elements that a thread should have to do where segments are walked over again."""
 
@@ -121,10 +123,17 @@ def most_registers(kinds: tuple[Tile, ...], limited: bool = False) -> int | None
     """Return the registers that a thread may have in a kernel of several kinds, or a ``limited`` one, on NVIDIA.
 
     Without a number ptxas aims at one more program a multiprocessor and spills a few bytes where it just misses; of
-    the kernels of one kind only the ternary one with tap sums has been seen to.
+    the kernels of one kind only the ternary one with tap sums and those that multiply by factors have been seen to.
     """
-    small = all(tile.chunks * tile.vector <= SMALL for tile in kinds)
-    return 65536 // (4 * LANES * NUM_WARPS) if small and (limited or len(kinds) > 1) else None
+    held = max(tile.chunks * tile.vector for tile in kinds)
+    if held <= SMALL and (limited or len(kinds) > 1):
+        return _registers_for(4)
+    return _registers_for(3) if held <= MEDIUM and limited else None
+
+
+def _registers_for(programs: int) -> int:
+    """Return the registers of a thread with which so many programs fit a multiprocessor: it gives them in eights."""
+    return 65536 // (programs * LANES * NUM_WARPS) // 8 * 8
 
 
 def measured_tile(tile: Tile, choice: Choice | None, length: int) -> Tile:

@@ -144,6 +144,7 @@ def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
         *totals,
         count,
         batch.factors,
+        limited=batch.factored,
         GRID=format.grid.value,
         BITS=format.bits,
         LAYER_WISE=format.layer_wise,

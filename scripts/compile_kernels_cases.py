@@ -58,14 +58,18 @@ class Case:
     """Bytes of scales and sums a segment that it writes."""
     walked: bool = False
     """Whether it holds nothing, but walks over its segments again."""
-    limited: bool = False
-    """Whether its registers are limited also where it has one kind of tile."""
+    tapped: bool = False
+    """Whether it sums taps too."""
     longest: int | None = None
     """Elements of the longest row that it takes, where there is a limit."""
     factored: bool = False
     """Whether it loads a float32 factor for every weight."""
     by_channel: bool = False
     """Whether a thread takes the taps of an input channel one by one, so that its loads are single elements."""
+
+    def registers_of(self, kinds: tuple[Tile, ...]) -> int | None:
+        """Return the registers that a thread may have in its kernel of these ``kinds``, on NVIDIA, as Batch.launch."""
+        return None if self.walked else most_registers(kinds, limited=self.tapped or self.factored)
 
     @property
     def tabled(self) -> bool:
@@ -134,7 +138,7 @@ def tiled(case: Case, tile: Tile, length: int, weight: str, warp: int) -> Shape:
         label=f"{tile.threads}×{tile.chunks}×{tile.vector}{' loop' * tile.loop}{'' if tile.aligned else ' any'}",
         constants={name: value for name, value in constants.items() if name in case.kernel.arg_names},
         num_warps=warps,
-        registers=None if case.walked else most_registers((tile,), case.limited),
+        registers=case.registers_of((tile,)),
         elements=tile.rows * length,
         segments=tile.rows,
         trips=-(-length // tile.elements),
@@ -188,9 +192,10 @@ def together(case: Case, weight: str, warp: int) -> Shape:
     kinds = walking_tiles(size) if case.walked else tiles(size, True)
     one = tiled(case, kinds[0], kinds[0].elements, weight, warp)
     constants = one.constants | {"KINDS": tuple(tile.code for tile in kinds)}
-    registers = None if case.walked else most_registers(kinds)
     label = f"{len(kinds)} kinds"
-    return replace(one, label=label, constants=constants, registers=registers, load_bytes=0, thread_bytes=0)
+    return replace(
+        one, label=label, constants=constants, registers=case.registers_of(kinds), load_bytes=0, thread_bytes=0
+    )
 
 
 def cases(weight: str) -> Iterator[Case]:
@@ -202,7 +207,7 @@ def cases(weight: str) -> Iterator[Case]:
     twn = fine | {"GIVEN": ""}
     yield Case("ternary", ternary_kernel, twn | _UNTAPPED, weights, written=0.25, segment_bytes=24)
     tapped = twn | {"TAPPED": True}
-    yield Case("tapped ternary", ternary_kernel, tapped, _TAPPED, written=0.25, segment_bytes=24, limited=True)
+    yield Case("tapped ternary", ternary_kernel, tapped, _TAPPED, written=0.25, segment_bytes=24, tapped=True)
     for grid, bits in (("dorefa", 6), ("dorefa", 4), ("symmetric", 4), ("asymmetric", 3), ("asymmetric", 8)):
         constants = {"GRID": grid, "BITS": bits, "LAYER_WISE": False, "GIVEN": "", "BF16": False}
         one = Case(
