@@ -202,9 +202,15 @@ def statistics_batch(batch: Batch) -> list[RowStatistics]:
     """Launch the kernel once over all tensors of ``batch``; see ``row_statistics_reference``."""
     floats = [batch.flat(torch.float32) for _ in range(3)]
     totals = [batch.flat(torch.int64) for _ in range(2)]
-    outputs, factored = (*floats, *totals), batch.factored
-    constants = {"FINENESS": batch.fineness, "FACTORED": factored}
-    batch.launch(statistics_kernel, *outputs, batch.factors, limited=factored, **constants)
+    outputs = (*floats, *totals)
+    batch.launch(
+        statistics_kernel,
+        *outputs,
+        batch.factors,
+        limited=batch.factored,
+        FINENESS=batch.fineness,
+        FACTORED=batch.factored,
+    )
     found = (_Totals(*(entry.segmented(flat) for flat in outputs)) for entry in batch.entries)
     return [_finish(one, batch.fineness) for one in found]
 

@@ -17,6 +17,8 @@ from .scale_search import Rounded, clip_search, nearest_levels, spread, ternary_
 
 MAX_FEEDBACK = 8192
 """Columns above which a layer is rounded to nearest: its matrices take more than 1 GiB."""
+TOGETHER = 2**23
+"""Weights that are rounded at a time from several starts: more of a large layer would take many times its memory."""
 COARSE = 4
 """Bits up to which the scale of least ‖w - q‖² is not good enough for H: there several are tried."""
 
@@ -40,6 +42,10 @@ class FeedbackOptions:
     descents: int | None = None
     """Passes of coordinate descent behind the sweeps, before the last re-fit; None: two for uniform grids up to
     ``COARSE`` bits, else one."""
+
+
+FROM_A_MODEL = FeedbackOptions(starts=(1.0, 0.9, 0.8), coarse_starts=(1.0,), descents=1)
+"""Where H is not measured but a model of the input's: what searches further finds where the model is wrong."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,13 @@ def _improved(
     factor = _factor(rows, moments, options)
     if start.format.layer_wise or starts == (1.0,):
         return error_feedback(rows, start, factor, sweeps=sweeps, descents=descents, refit=refit)
-    many, tried = _repeated(rows, len(starts), len(factor.order)), _tried(start, starts, len(factor.order))
-    ends = error_feedback(many, tried, factor, sweeps=sweeps, descents=descents, refit=refit)
-    return _best(rows, start, ends, factor)
+    best, together = start, max(1, TOGETHER // max(1, rows.numel()))
+    for first in range(0, len(starts), together):
+        some = starts[first : first + together]
+        many, tried = _repeated(rows, len(some), len(factor.order)), _tried(start, some, len(factor.order))
+        ends = error_feedback(many, tried, factor, sweeps=sweeps, descents=descents, refit=refit)
+        best = _best(rows, best, ends, factor)
+    return best
 
 
 def _factor(rows: Tensor, moments: Tensor | Factor, options: FeedbackOptions) -> Factor:

@@ -7,14 +7,14 @@ for nothing, exactly but for their rounding to float32. The paper folds its coef
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..models.graph import Graph, Norm
+from ..models.graph import Graph, Norm, Op
 from .result import Compressed, QuantizedLayer
 
 IN_NORM = "norm"
@@ -26,19 +26,18 @@ _DEAD = 2.0**-60
 def norms_for_scales(graph: Graph) -> Mapping[str, Norm]:
     """Return the BatchNorm, by the layer's name, that can take a layer's scales.
 
-    It alone reads the layer's output and it reads nothing else; both are used once; the norm is affine and the layer
-    has no bias.
+    It alone reads the layer's output, along the layer's channels; nothing else in the program reads a tensor of the
+    two; the norm is affine and the layer has no bias.
     """
-    uses = Counter(node.layer.weight for node in graph.nodes if node.layer is not None)
-    uses += Counter(name for node in graph.nodes if node.norm is not None for name in node.norm.tensors)
     found = {}
     for node in graph.nodes:
         users = graph.users[node.name]
         norm = users[0].norm if len(users) == 1 else None
         if node.layer is None or node.layer.bias or norm is None or not (norm.weight and norm.bias):
             continue
-        once = all(uses[name] == 1 for name in (node.layer.weight, *norm.tensors))
-        if once and norm.channels == node.layer.out_channels:
+        # over tokens a linear layer has its channels last, a norm its own on axis 1
+        along = norm.channels == node.layer.out_channels and (node.layer.op is not Op.LINEAR or len(node.shape) == 2)
+        if along and all(graph.reads.get(name) == 1 for name in (node.layer.weight, *norm.tensors)):
             found[node.layer.name] = norm
     return found
 
@@ -68,8 +67,8 @@ def _has_row_scales(item: QuantizedLayer) -> bool:
 
 def _shares(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale for all, float32 [1, 1], and each row's share of it, float64 [rows]; 0 for a row of zeros."""
-    shared = scale.mean()[None, None]
-    shared = torch.where(shared > 0, shared, 1.0).to(scale)
+    mean = math.fsum(scale.flatten().tolist()) / len(scale)  # whatever the order in which a machine adds
+    shared = torch.full((1, 1), mean or 1.0, dtype=scale.dtype, device=scale.device)
     share = (scale.double() / shared.double())[:, 0].cpu()
     return shared, torch.where(share > _DEAD, share, 0.0)
 

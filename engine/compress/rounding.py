@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dfmpc.kernels.formats import Grid, Quantized
 from dfmpc.kernels.packing import unpack
@@ -16,7 +16,7 @@ from .assign import Assignment
 from .calibrate import InputMoments
 from .encode import encode
 from .factorise import factorise
-from .feedback import MAX_FEEDBACK, FeedbackOptions, error_feedback, ternary_feedback, uniform_feedback
+from .feedback import FROM_A_MODEL, MAX_FEEDBACK, FeedbackOptions, error_feedback, ternary_feedback, uniform_feedback
 from .least_squares import resolve
 from .quantize import quantize_layer, rows_on
 from .scale_search import Rounded, clip_search, nearest_levels, ternary_optimum
@@ -101,13 +101,13 @@ def _twn(rows: Tensor, assignment: Assignment) -> Rounded:
 def _with_feedback(rows: Tensor, moments: InputMoments, assignment: Assignment, steps: Steps) -> Rounded:
     group, whole = assignment.group_size, assignment.layer_wise
     second = moments.second.to(rows.device)
+    options = FeedbackOptions() if steps.tier == "synthetic" else FROM_A_MODEL
     if assignment.grid is Grid.TERNARY and steps.ternary == "twn":
-        options = FeedbackOptions()
         factor = factorise(second, options.damp, options.order)
         return error_feedback(rows, _twn(rows, assignment), factor, sweeps=2, refit=True)
     if assignment.grid is Grid.TERNARY:
-        return ternary_feedback(rows, second, group_size=group, layer_wise=whole)
-    options = FeedbackOptions(clip_search=steps.clip == "mse")
+        return ternary_feedback(rows, second, options, group_size=group, layer_wise=whole)
+    options = replace(options, clip_search=steps.clip == "mse")
     return uniform_feedback(
         rows, second, assignment.bits, options, grid=assignment.grid, group_size=group, layer_wise=whole
     )

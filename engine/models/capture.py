@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -53,15 +54,17 @@ def capture_program(program: ExportedProgram) -> Graph:
     canonical = canonical_names(program.state_dict)
     tracker = Tracker()
     nodes: list[Node] = []
+    reads: Counter[str] = Counter()
     for node in program.graph.nodes:
         if node.op == "placeholder":
+            reads[canonical.get(specs[node.name].target or "", "")] += len(node.users)
             nodes.extend(_placeholder(node, specs[node.name], canonical, tracker))
         elif node.op == "call_function":
             nodes.extend(translate(node, tracker))
         elif node.op == "output":
             nodes.append(_output(node, tracker))
     _check_inputs(nodes)
-    return Graph(tuple(nodes))
+    return Graph(tuple(nodes), {name: count for name, count in reads.items() if name})
 
 
 def canonical_names(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -167,6 +167,8 @@ class Graph:
     """The nodes in execution order, inputs before users."""
 
     nodes: tuple[Node, ...]
+    reads: Mapping[str, int] = field(default_factory=dict)
+    """How many operations of the program read each tensor of the state dict, a view or a tied name among them."""
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:

@@ -26,6 +26,9 @@ def test_the_constants_of_recipes_version_3() -> None:
         descents=None,
     )
     assert feedback.COARSE == 4
+    from_a_model = feedback.FeedbackOptions(starts=(1.0, 0.9, 0.8), coarse_starts=(1.0,), descents=1)
+    assert from_a_model == feedback.FROM_A_MODEL
+    assert feedback.TOGETHER == 2**23
     assert SpectralOptions() == SpectralOptions(
         side=32, exponent=3.0, colour_correlation=0.93, order=4, reach=2, tau=1.0, contrast=0.1, independence=0.2
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dfmpc.compress import feedback
 from dfmpc.compress.factorise import Factor, factorise
 from dfmpc.compress.feedback import (
     MAX_FEEDBACK,
@@ -255,3 +256,14 @@ def test_several_scales_lose_less_than_the_one_of_least_squared_error(grid: Grid
     )
     assert (several <= one * (1 + 1e-5)).all()
     assert several.sum() < 0.97 * one.sum()
+
+
+def test_starts_of_a_large_layer_are_tried_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments = random_rows(16, 48), random_moments(1, 48)
+    for run in (ternary_feedback, lambda w, h: uniform_feedback(w, h, 3)):
+        monkeypatch.setattr(feedback, "TOGETHER", 2**23)
+        together = run(weight, moments)
+        monkeypatch.setattr(feedback, "TOGETHER", 1)
+        alone = run(weight, moments)
+        assert torch.equal(alone.levels, together.levels)
+        torch.testing.assert_close(alone.scale, together.scale)

@@ -146,3 +146,33 @@ def test_the_artifact_holds_one_scale_and_loads_as_it_was_evaluated(mixed: Loade
     state = load_state_dict(tmp_path)
     for name, tensor in found.changed().items():
         assert torch.equal(state[name], tensor), name
+
+
+class Read(nn.Module):
+    """A layer and a norm of which something else reads a tensor, and a linear layer over tokens."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.stem, self.bn0 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.tokens, self.bn2 = nn.Linear(64, 8, bias=False), nn.BatchNorm1d(8)
+        self.tied = nn.GroupNorm(1, 8)
+        if what == "tied":
+            self.tied.weight = self.bn1.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv(self.bn0(self.stem(x)).relu())).relu()
+        if self.what == "weight":
+            x = x + self.conv.weight.square().sum()
+        if self.what == "view":
+            x = x * self.bn1.weight.view(1, -1, 1, 1)
+        if self.what == "mean":
+            x = x + self.bn1.running_mean.sum()
+        return self.bn2(self.tokens(self.tied(x).flatten(2)))
+
+
+@pytest.mark.parametrize("what", ["weight", "view", "mean", "tied", "nothing"])
+def test_what_else_is_read_stays(loaded: Loader, what: str) -> None:
+    found = norms_for_scales(loaded(Read(what), (1, 3, 8, 8)).graph)
+    assert set(found) == ({"stem", "conv"} if what == "nothing" else {"stem"})

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 from dfmpc.errors import UsageError
 from dfmpc.kernels import Grid, Quantized, table
-from dfmpc.kernels.shapes import Tile, measured_tile, tile_for
+from dfmpc.kernels.shapes import Tile, measured_tile, most_registers, tile_for
 from dfmpc.kernels.statistics import row_statistics_reference, row_statistics_triton
 from dfmpc.kernels.ternary import ternary_reference, ternary_triton
 from dfmpc.kernels.tuned import Choice, choice_for, choices_for, config_name, read_choices, write_choices
@@ -179,3 +179,11 @@ def test_the_tuner_forces_a_shape_within_its_context(
     assert grids[0] == ((Tile(4, 4, 4, True).code,), 2)
     assert grids[1] == ((Tile(8, 2, 4, True).code,), 8)
     assert grids[2] == ((tile_for(64, 4, True, mixed=False).code,), 4)
+
+
+def test_registers_of_limited_kernels_let_four_or_three_programs_fit() -> None:
+    small, medium, large = (Tile(64, chunks, 4, True) for chunks in (4, 6, 9))
+    assert [most_registers((tile,), limited=True) for tile in (small, medium, large)] == [128, 168, None]
+    assert [most_registers((tile,)) for tile in (small, medium, large)] == [None, None, None]
+    assert most_registers((small, Tile(32, 2, 4, True, loop=True))) == 128
+    assert most_registers((small, medium)) is None
