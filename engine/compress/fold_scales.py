@@ -14,11 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..job.fields import IN_NORM
 from ..models.graph import Graph, Norm, Op
 from .result import Compressed, QuantizedLayer
 
-IN_NORM = "norm"
-"""The granularity of such a layer, in manifests and reports."""
 _DEAD = 2.0**-60
 """Of the mean scale: a row below it is nothing but zero, and its norm says what comes out."""
 

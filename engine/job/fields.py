@@ -36,6 +36,8 @@ def _check_granularity(value: str) -> str:
 
 
 Granularity = Annotated[str, AfterValidator(_check_granularity)]
+IN_NORM = "norm"
+"""The granularity, in manifests and reports, of a layer whose channels' scales the BatchNorm behind it holds."""
 
 
 class RoleGranularity(Strict):

@@ -123,3 +123,15 @@ def test_a_page_without_a_folder_is_refused(run: RunFolder, tmp_path: Path):
     assert ended.exit_code == 2
     assert "its folder does not exist: make it, or write elsewhere" in ended.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_a_page_says_where_weights_after_are_without_the_scales_that_norms_hold(bench, tmp_path: Path):
+    pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'dfmpc[html]'")
+    how = {"method": "dfmpc", "calibrator": "analytic"}
+    plans = [{"name": "beside", **how}, {"name": "folded", **how, "fold_scales": True}]
+    assert call("run", bench.job([bench.model("net")], plans), "--devices", "cpu").exit_code == 0
+    page = tmp_path / "page.html"
+    assert call("report", find_run(bench.store).path, "--html", page, "--histograms", 9).exit_code == 0
+    text = page.read_text()
+    assert "weights after folded are shown as stored" in text
+    assert "weights after beside are shown as stored" not in text

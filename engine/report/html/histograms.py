@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...artifact.manifest import TENSORS, LayerEntry, Manifest, read_manifest
 from ...errors import DfmpcError
+from ...job.fields import IN_NORM
 from ...job.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ def _layer(
         except DfmpcError as error:
             notes.append(f"weights after {artifact.plan} are not shown: {error}")
             continue
+        if entry.granularity == IN_NORM:
+            notes.append(
+                f"weights after {artifact.plan} are shown as stored, without the channels' scales that norms hold"
+            )
         stored = original.get(entry.weight)
         before = stored if stored is not None and tuple(stored.shape) == entry.shape else before
     edges = [_absmax(weight) for weight in ([before] if before is not None else after.values())]
