@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from .formats import Grid
 from .tuned import Choice
 
 NUM_WARPS = 4
@@ -119,16 +120,25 @@ def walking_tile(length: int, itemsize: int, aligned: bool) -> Tile:
     return next((tile for tile in usable if length < WALK * tile.threads), usable[-1])
 
 
-def most_registers(kinds: tuple[Tile, ...], limited: bool = False) -> int | None:
+def most_registers(kinds: tuple[Tile, ...], limited: bool = False, spare: int = 0) -> int | None:
     """Return the registers that a thread may have in a kernel of several kinds, or a ``limited`` one, on NVIDIA.
 
     Without a number ptxas aims at one more program a multiprocessor and spills a few bytes where it just misses; of
     the kernels of one kind only the ternary one with tap sums and those that multiply by factors have been seen to.
+    ``spare`` comes on top of what lets three programs fit.
     """
     held = max(tile.chunks * tile.vector for tile in kinds)
     if held <= SMALL and (limited or len(kinds) > 1):
         return _registers_for(4)
-    return _registers_for(3) if held <= MEDIUM and limited else None
+    return _registers_for(3) + spare if held <= MEDIUM and limited else None
+
+
+def spare_registers(grid: Grid, bits: int) -> int:
+    """Return what a limited kernel of these codes wants beyond the registers of three programs.
+
+    8 bits with zero points spill a few bytes with 168 at some tiles; where they may have 184, most take 168 or less.
+    """
+    return 16 if grid is Grid.ASYMMETRIC and bits == 8 else 0
 
 
 def _registers_for(programs: int) -> int:

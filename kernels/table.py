@@ -155,11 +155,17 @@ class Batch:
         return torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
     def launch(
-        self, kernel: Any, *outputs: Tensor, walked: bool = False, limited: bool = False, **constants: Any
+        self,
+        kernel: Any,
+        *outputs: Tensor,
+        walked: bool = False,
+        limited: bool = False,
+        spare: int = 0,
+        **constants: Any,
     ) -> None:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``.
 
-        ``walked``: it holds nothing, but walks over every segment again. ``limited``: shapes.most_registers.
+        ``walked``: it holds nothing, but walks over every segment again. ``limited``, ``spare``: shapes.most_registers.
         """
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
@@ -184,7 +190,7 @@ class Batch:
                 WARPS=chosen[0].warps,
                 num_warps=warps_for(chosen[0].warps),
                 enable_fp_fusion=False,
-                **_register_limit(None if walked else most_registers(kinds, limited)),
+                **_register_limit(None if walked else most_registers(kinds, limited, spare)),
             )
 
     def _measured(self, kernel: Any) -> Choice | None:

@@ -24,6 +24,7 @@ from .segments import (
     segment_sizes,
     units_of,
 )
+from .shapes import spare_registers
 from .statistics import RowStatistics, row_statistics_reference, statistics_batch
 from .table import Batch
 from .uniform_kernel import uniform_kernel
@@ -145,6 +146,7 @@ def uniform_batch(batch: Batch, clip: float = 1.0) -> list[Quantized]:
         count,
         batch.factors,
         limited=batch.factored,
+        spare=spare_registers(format.grid, format.bits),
         GRID=format.grid.value,
         BITS=format.bits,
         LAYER_WISE=format.layer_wise,

@@ -9,11 +9,21 @@ from typing import Any
 from dfmpc.kernels.compensate import compensate_kernel
 from dfmpc.kernels.dequantize import dequantize_kernel
 from dfmpc.kernels.feedback import feedback_kernel, feedback_shape
+from dfmpc.kernels.formats import Grid
 from dfmpc.kernels.launch import LaunchShape, launch_shape, warps_for
 from dfmpc.kernels.moments import moments_kernel
 from dfmpc.kernels.optimum import LONGEST, optimum_kernel, optimum_shape
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
-from dfmpc.kernels.shapes import NUM_WARPS, Tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
+from dfmpc.kernels.shapes import (
+    NUM_WARPS,
+    Tile,
+    most_registers,
+    spare_registers,
+    tile_for,
+    tiles,
+    walking_tile,
+    walking_tiles,
+)
 from dfmpc.kernels.statistics import statistics_kernel
 from dfmpc.kernels.sweep_kernel import sweep_kernel
 from dfmpc.kernels.tap_sums import tap_sums_kernel
@@ -64,12 +74,14 @@ class Case:
     """Elements of the longest row that it takes, where there is a limit."""
     factored: bool = False
     """Whether it loads a float32 factor for every weight."""
+    spare: int = 0
+    """Registers that it wants beyond those of three programs, where they are limited."""
     by_channel: bool = False
     """Whether a thread takes the taps of an input channel one by one, so that its loads are single elements."""
 
     def registers_of(self, kinds: tuple[Tile, ...]) -> int | None:
         """Return the registers that a thread may have in its kernel of these ``kinds``, on NVIDIA, as Batch.launch."""
-        return None if self.walked else most_registers(kinds, limited=self.tapped or self.factored)
+        return None if self.walked else most_registers(kinds, self.tapped or self.factored, self.spare)
 
     @property
     def tabled(self) -> bool:
@@ -217,6 +229,7 @@ def cases(weight: str) -> Iterator[Case]:
             weights,
             written=bits / 8,
             segment_bytes=48,
+            spare=spare_registers(Grid(grid), bits),
         )
         yield one
         if grid == "asymmetric":

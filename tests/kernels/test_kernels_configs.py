@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 from dfmpc.errors import UsageError
 from dfmpc.kernels import Grid, Quantized, table
-from dfmpc.kernels.shapes import Tile, measured_tile, most_registers, tile_for
+from dfmpc.kernels.shapes import Tile, measured_tile, most_registers, spare_registers, tile_for
 from dfmpc.kernels.statistics import row_statistics_reference, row_statistics_triton
 from dfmpc.kernels.ternary import ternary_reference, ternary_triton
 from dfmpc.kernels.tuned import Choice, choice_for, choices_for, config_name, read_choices, write_choices
@@ -187,3 +187,21 @@ def test_registers_of_limited_kernels_let_four_or_three_programs_fit() -> None:
     assert [most_registers((tile,)) for tile in (small, medium, large)] == [None, None, None]
     assert most_registers((small, Tile(32, 2, 4, True, loop=True))) == 128
     assert most_registers((small, medium)) is None
+
+
+def test_8_bit_codes_with_zero_points_have_more_registers_where_three_programs_would_fit(
+    device: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(project / "scripts")
+    from bench_kernels_launches import catching  # noqa: PLC0415
+
+    spare = spare_registers(Grid.ASYMMETRIC, 8)
+    kinds = [(Tile(64, chunks, 4, True),) for chunks in (4, 6, 9)]
+    assert [most_registers(kind, limited=True, spare=spare) for kind in kinds] == [128, 184, None]
+    assert spare_registers(Grid.ASYMMETRIC, 7) == spare_registers(Grid.SYMMETRIC, 8) == 0
+    with catching() as caught:
+        for bits in (8, 7):
+            uniform_triton(
+                torch.randn(4, 96, device=device), bits, Grid.ASYMMETRIC, group_size=96, factor=torch.ones(8)
+            )
+    assert [launch.constants["maxnreg"] for launch in caught.launches] == [184, 168]
