@@ -22,7 +22,7 @@ from .synthetic import SyntheticMoments
 SMALL_IMAGES, LARGE_IMAGES = 256, 64
 """How many images are made where the job does not say: of up to 64 × 64 pixels, and of more."""
 _SMALL = 64 * 64
-_WIDEST_BYTES, _FEWEST_IMAGES = 2**29, 8
+WIDEST_BYTES, FEWEST_IMAGES = 2**29, 8
 """Most bytes of one map over all images; both networks hold a few such maps at a time."""
 
 
@@ -102,7 +102,7 @@ def make_images(model: LoadedModel, options: SyntheticCalibrator) -> Tensor:
     Raises UnsupportedModelError where the model's input is no image.
     """
     shape = image_shape(model)
-    wanted = options.images or (SMALL_IMAGES if prod(shape[1:]) <= _SMALL else LARGE_IMAGES)
+    wanted = options.images or _default_count(model)
     # an operation with the exported batch written into it takes whole batches only
     count = -(-wanted // model.input_shape[0]) * model.input_shape[0]
     prior = "leaves" if options.prior == "distilled" else options.prior
@@ -121,7 +121,7 @@ def _default_count(model: LoadedModel) -> int:
     """How many images the input's size suggests, fewer where the network's widest map would take too much memory."""
     count = SMALL_IMAGES if prod(model.input_shape[2:]) <= _SMALL else LARGE_IMAGES
     widest = max(4 * prod(node.shape[1:]) for node in model.graph.nodes)
-    return min(count, max(_FEWEST_IMAGES, _WIDEST_BYTES // max(1, widest)))
+    return min(count, max(FEWEST_IMAGES, WIDEST_BYTES // max(1, widest)))
 
 
 @lru_cache(maxsize=2)

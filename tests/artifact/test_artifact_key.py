@@ -80,18 +80,18 @@ def test_ingredients_of_a_fixed_task() -> None:
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        (RtnPlan(name="p", method="rtn", bits=4), "06bbdb0e75425ea22536f21935ccf1a7b2d30ab9cf5d552b0f27b740a2e37de4"),
+        (RtnPlan(name="p", method="rtn", bits=4), "2eda47760a0c9ff8e656038ca9a8343f1b44d35228ba6282a084cb44a14b209b"),
         (
             DfmpcPlan(name="p", method="dfmpc", recipe="published"),
-            "b2d3bb1f2320a37254cd86b7f9e58175aa243c95f30f26299e0464f31a1da0c1",
+            "4663244735a7f4f9f0fe35c76c1851ceb07c73b21fec0b68b4573c4abb383b85",
         ),
         (
             DfmpcPlan(name="p", method="dfmpc"),
-            "6f7435c4727f5e5071e0f1620ef8da4df18f3c783252aa399dbc6fa2d4fa3de9",
+            "b13037f6fbc5d0dc401839fa4269902bbf2285015b0a713fcee9c28c064c5298",
         ),
         (
             OmsePlan(name="p", method="omse", bits=4),
-            "7c8ff89e4e77e54d74972e6809430033b097bbfd5cbe9df90e0e43aefc4aa37c",
+            "89a0073e8ea6a1c7b10cdae6b31d5d967c91d0b152c8a1aafb2cbd506c8a486b",
         ),
     ],
     ids=["rtn", "published", "auto", "neighbour"],

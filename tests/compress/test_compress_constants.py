@@ -9,12 +9,13 @@ from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.models.pairs import PAIRING_VERSION
 
 
-def test_the_constants_of_recipes_version_3() -> None:
-    assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (3, 2, 1)
+def test_the_constants_of_recipes_version_4() -> None:
+    assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (4, 2, 1)
     assert (least_squares.DAMPING, least_squares.ENOUGH) == (0.1, 4)
     assert (patches.SAMPLES, patches.SAMPLES_A_WEIGHT, patches.DEPTHWISE_SAMPLES) == (24_000, 2.5, 6_000)
     assert synthetic.RESIDUAL_SHARE == 0.5
     assert (make_calibrator.SMALL_IMAGES, make_calibrator.LARGE_IMAGES) == (256, 64)
+    assert (make_calibrator.WIDEST_BYTES, make_calibrator.FEWEST_IMAGES) == (2**29, 8)
     assert scale_search.CLIPS == 25
     assert feedback.FeedbackOptions() == feedback.FeedbackOptions(
         damp=0.01,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dfmpc.compress.compress import compress_model
-from dfmpc.compress.make_calibrator import make_images
+from dfmpc.compress.make_calibrator import FEWEST_IMAGES, LARGE_IMAGES, SMALL_IMAGES, WIDEST_BYTES, make_images
 from dfmpc.compress.synthetic import SyntheticMoments
 from dfmpc.compress.walk import Walk
 from dfmpc.compress.work import kept_figures
@@ -117,3 +117,20 @@ def test_convolutions_over_one_position_an_image_are_not_re_solved(loaded: Loade
     found = compress_model(loaded(Gated(), SHAPE), plan).layers
     told = {item.layer.name for item in found if "at one position an image" in item.reason}
     assert told == {"squeeze", "excite"}
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "expected"),
+    [
+        (8, 4, SMALL_IMAGES),
+        (65, 4, LARGE_IMAGES),
+        (96, 1024, WIDEST_BYTES // (4 * 1024 * 96 * 96)),
+        (96, 8192, FEWEST_IMAGES),
+    ],
+)
+def test_images_are_fewer_where_a_map_of_all_would_be_too_large(
+    loaded: Loader, side: int, channels: int, expected: int
+) -> None:
+    model = loaded(nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU()), (1, 3, side, side))
+    assert len(make_images(model, SyntheticCalibrator(prior="noise"))) == expected
+    assert len(make_images(model, SyntheticCalibrator(prior="noise", images=9))) == 9
