@@ -9,6 +9,7 @@ import torch
 from dfmpc.compress.rows import to_rows
 from dfmpc.compress.spectral.calibrator import SpectralMoments
 from dfmpc.compress.spectral.options import SpectralOptions
+from dfmpc.compress.spectral.torus import Torus
 from dfmpc.models.capture import capture
 from dfmpc.models.graph import Graph, Op
 from torch import Tensor, nn
@@ -242,3 +243,21 @@ def test_every_field_is_freed_in_the_end() -> None:
         _visit(model, moments, node, {})
     assert not moments.original.fields
     assert not moments.quantized.fields
+
+
+@pytest.mark.parametrize(
+    ("sides", "strides"), [((8, 8), (2, 2)), ((4, 4), (2, 2)), ((8, 4), (4, 2)), ((4, 4), (4, 1)), ((2, 2), (2, 2))]
+)
+def test_decimation_leaves_no_negative_power(sides: tuple[int, int], strides: tuple[int, int]) -> None:
+    grid = Torus(*sides)
+    draw = torch.Generator().manual_seed(0)
+    factor = torch.complex(*(torch.randn(len(grid.points), 3, 2, generator=draw) for _ in range(2)))
+    alone = grid.pairs == 1
+    factor[alone] = factor[alone].real.to(factor.dtype)
+    full = factor @ factor.mH
+    spectrum = torch.stack((full.real, full.imag))
+    small, found = grid.decimated(spectrum, strides)
+    powers = torch.linalg.eigvalsh(torch.complex(found[0], found[1]))
+    assert float(powers.min()) > -1e-5 * float(powers.max())
+    origin = torch.zeros(1, 2, dtype=torch.int64)
+    torch.testing.assert_close(small.covariance(found, origin), grid.covariance(spectrum, origin), rtol=1e-4, atol=1e-5)
