@@ -44,8 +44,8 @@ class FeedbackOptions:
     ``COARSE`` bits, else one."""
 
 
-FROM_A_MODEL = FeedbackOptions(starts=(1.0, 0.9, 0.8), descents=1)
-"""Where H is not measured but a model of the input's, which is not worth a longer search: quicker."""
+FROM_A_MODEL = FeedbackOptions(starts=(1.0, 0.9, 0.8), coarse_starts=(1.0,), descents=1)
+"""Where H is not measured but a model of the input's: a longer search takes more time than that tier may."""
 
 
 @dataclass(frozen=True)

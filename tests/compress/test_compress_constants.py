@@ -27,7 +27,7 @@ def test_the_constants_of_recipes_version_4() -> None:
         descents=None,
     )
     assert feedback.COARSE == 4
-    from_a_model = feedback.FeedbackOptions(starts=(1.0, 0.9, 0.8), descents=1)
+    from_a_model = feedback.FeedbackOptions(starts=(1.0, 0.9, 0.8), coarse_starts=(1.0,), descents=1)
     assert from_a_model == feedback.FROM_A_MODEL
     assert feedback.TOGETHER == 2**23
     assert SpectralOptions() == SpectralOptions(
