@@ -15,6 +15,7 @@ from .device import exponent_of, two_to_the
 from .formats import Grid
 from .launch import use_triton
 from .segments import check_weight, code_format, require_finite, row_chunks
+from .shapes import WALKED_MOMENTS
 from .sums import exponents, fineness, power_of_two
 from .table import Batch, batches_of
 from .tiles import item_of, largest_bits, load_tile, segments_of, without_pattern
@@ -275,7 +276,7 @@ def _launch(batch: Batch, layers: Sequence[LayerInput], scaled: Sequence[_Scaled
     rho = [[layer.rho, 1 - layer.rho] for layer in layers]
     inputs = (torch.tensor(rows), torch.tensor(rho, dtype=torch.float64), *vectors.unbind())
     absmax, sums = batch.flat(torch.float32), [batch.flat(torch.int64) for _ in range(2)]
-    batch.launch(moments_kernel, *(tensor.to(batch.device) for tensor in inputs), absmax, *sums, walked=True)
+    batch.launch(moments_kernel, *(tensor.to(batch.device) for tensor in inputs), absmax, *sums, walked=WALKED_MOMENTS)
     absmax, totals = absmax.cpu(), torch.stack(sums).cpu()
     return [
         one.finish(entry.segmented(absmax), totals[:, entry.segments])

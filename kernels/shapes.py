@@ -133,6 +133,18 @@ def most_registers(kinds: tuple[Tile, ...], limited: bool = False, spare: int = 
     return _registers_for(3) + spare if held <= MEDIUM and limited else None
 
 
+WALKED_MOMENTS, WALKED_SWEEP = 64, 168
+"""Registers with which kernels that walk in single loads spill nothing on sm_80, sm_90 and sm_100."""
+
+
+def walking_registers(kinds: tuple[Tile, ...], most: int) -> int | None:
+    """Return the registers that a thread may have in a kernel that walks, on NVIDIA: ``most`` if no tile is aligned.
+
+    Those of aligned tiles, and of all kinds in one kernel, spill nothing where ptxas chooses, and do with a number.
+    """
+    return None if any(tile.aligned for tile in kinds) else most
+
+
 def spare_registers(grid: Grid, bits: int) -> int:
     """Return what a limited kernel of these codes wants beyond the registers of three programs.
 

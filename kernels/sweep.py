@@ -12,6 +12,7 @@ from .formats import CodeFormat, Grid
 from .launch import use_triton
 from .scales import Scales, scales_of
 from .segments import code_format, require_finite, row_chunks, row_parts
+from .shapes import WALKED_SWEEP
 from .sums import exponents, fineness, power_of_two, tree_sum
 from .sweep_kernel import sweep_kernel
 from .table import Batch, batches_of
@@ -242,7 +243,7 @@ def sweep_batch(batch: Batch, taps: Sequence[int], widths: Sequence[int]) -> lis
     taps_there = torch.tensor(taps, dtype=torch.int32).to(batch.device)
     grid = batch.entries[0].format.grid.value
     given, outputs = tuple(widths), (taps_there, absmax, totals)
-    batch.launch(sweep_kernel, *outputs, walked=True, GRID=grid, WIDTHS=given, FINENESS=batch.fineness)
+    batch.launch(sweep_kernel, *outputs, walked=WALKED_SWEEP, GRID=grid, WIDTHS=given, FINENESS=batch.fineness)
     absmax, totals, sweeps = absmax.cpu(), totals.cpu(), []
     for entry in batch.entries:
         shape, many = (entry.weight.shape[0], entry.format.groups), len(widths)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .formats import CodeFormat
 from .launch import on_device, warps_for
 from .segments import Part
-from .shapes import Tile, measured_tile, most_registers, tile_for, tiles, walking_tile, walking_tiles
+from .shapes import Tile, measured_tile, most_registers, tile_for, tiles, walking_registers, walking_tile, walking_tiles
 from .sums import fineness
 from .tuned import Choice, choice_for, choices_for
 
@@ -158,14 +158,15 @@ class Batch:
         self,
         kernel: Any,
         *outputs: Tensor,
-        walked: bool = False,
+        walked: int = 0,
         limited: bool = False,
         spare: int = 0,
         **constants: Any,
     ) -> None:
         """Run ``kernel`` over all tiles; it gets the table, the programs, ``outputs`` and ``constants``.
 
-        ``walked``: it holds nothing, but walks over every segment again. ``limited``, ``spare``: shapes.most_registers.
+        ``walked``: it holds nothing, but walks over every segment again, in loads that may lie anywhere with at most so
+        many registers (shapes.walking_registers). ``limited``, ``spare``: shapes.most_registers.
         """
         mixed = len(self.entries) > 1
         rows, chosen = self._items(mixed)
@@ -179,6 +180,7 @@ class Batch:
         for row, tile in zip(rows, chosen, strict=True):
             row.append(kinds.index(tile))
         table, programs = sent_to(self.device, rows, [tile.rows for tile in chosen])
+        registers = walking_registers(kinds, walked) if walked else most_registers(kinds, limited, spare)
         with on_device(table):
             kernel[(len(programs) // 2,)](
                 table,
@@ -190,7 +192,7 @@ class Batch:
                 WARPS=chosen[0].warps,
                 num_warps=warps_for(chosen[0].warps),
                 enable_fp_fusion=False,
-                **_register_limit(None if walked else most_registers(kinds, limited, spare)),
+                **_register_limit(registers),
             )
 
     def _measured(self, kernel: Any) -> Choice | None:

@@ -176,8 +176,13 @@ def _uniform_tile(
             b_dot += tl.sum(b_some_dot, axis=2)
             b_norm += tl.sum(b_some_norm, axis=2)
             b_count += tl.sum(b_some, axis=2)
-            codes = codes + (b_code,)
-        store_tile(packed_ptr, o_byte, codes, m_row, count, first, BITS, ROWS, T, V, NC, ALIGNED)
+            # as soon as it can be: codes that wait take registers, and 8 bits with zero points spilled
+            if V == 1 and T < 8:
+                codes = codes + (b_code,)
+            else:
+                store_tile(packed_ptr, o_byte, (b_code,), m_row, count, first + c * T * V, BITS, ROWS, T, V, 1, ALIGNED)
+        if V == 1 and T < 8:
+            store_tile(packed_ptr, o_byte, codes, m_row, count, first, BITS, ROWS, T, V, NC, ALIGNED)
 
     b_squares, b_dots, b_norms, b_counts = tl.reduce((b_square, b_dot, b_norm, b_count), 1, add_four)
     if GRID == "asymmetric":

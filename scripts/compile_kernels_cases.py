@@ -16,11 +16,14 @@ from dfmpc.kernels.optimum import LONGEST, optimum_kernel, optimum_shape
 from dfmpc.kernels.packing import pack_kernel, unpack_kernel
 from dfmpc.kernels.shapes import (
     NUM_WARPS,
+    WALKED_MOMENTS,
+    WALKED_SWEEP,
     Tile,
     most_registers,
     spare_registers,
     tile_for,
     tiles,
+    walking_registers,
     walking_tile,
     walking_tiles,
 )
@@ -66,8 +69,8 @@ class Case:
     """Bytes of codes an element that the kernel writes."""
     segment_bytes: int = 0
     """Bytes of scales and sums a segment that it writes."""
-    walked: bool = False
-    """Whether it holds nothing, but walks over its segments again."""
+    walked: int = 0
+    """Where it holds nothing, but walks over its segments again: its registers as for Batch.launch."""
     tapped: bool = False
     """Whether it sums taps too."""
     longest: int | None = None
@@ -81,7 +84,9 @@ class Case:
 
     def registers_of(self, kinds: tuple[Tile, ...]) -> int | None:
         """Return the registers that a thread may have in its kernel of these ``kinds``, on NVIDIA, as Batch.launch."""
-        return None if self.walked else most_registers(kinds, self.tapped or self.factored, self.spare)
+        if self.walked:
+            return walking_registers(kinds, self.walked)
+        return most_registers(kinds, self.tapped or self.factored, self.spare)
 
     @property
     def tabled(self) -> bool:
@@ -243,9 +248,9 @@ def cases(weight: str) -> Iterator[Case]:
         fine | {"GRID": "dorefa", "WIDTHS": tuple(range(2, 9))},
         {},
         segment_bytes=192,
-        walked=True,
+        walked=WALKED_SWEEP,
     )
-    yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, walked=True, by_channel=True)
+    yield Case("moments", moments_kernel, {}, {}, segment_bytes=20, walked=WALKED_MOMENTS, by_channel=True)
     yield Case("optimum", optimum_kernel, fine | {"DTYPE": weight}, {}, optimum_shape, longest=LONGEST)
     yield Case("pack 6", pack_kernel, {"BITS": 6}, {})
     yield Case("unpack 6", unpack_kernel, {"BITS": 6}, {})
