@@ -9,7 +9,7 @@ from .calibrators import AnalyticCalibrator, Calibrator, NoCalibrator, Synthetic
 from .methods import BitPlan, DfmpcPlan, RtnPlan
 from .neighbours import NeighbourPlan
 
-RECIPES_VERSION = 4
+RECIPES_VERSION = 5
 """Bumped by hand when a constant of a recipe, calibrator, rounding or budget changes bytes; part of every key."""
 Tier = Literal["none", "closed-form", "synthetic"]
 

@@ -80,18 +80,18 @@ def test_ingredients_of_a_fixed_task() -> None:
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        (RtnPlan(name="p", method="rtn", bits=4), "2eda47760a0c9ff8e656038ca9a8343f1b44d35228ba6282a084cb44a14b209b"),
+        (RtnPlan(name="p", method="rtn", bits=4), "e0a3acd898bda32902d02334266c843164c692998151878719a9b94b59d12231"),
         (
             DfmpcPlan(name="p", method="dfmpc", recipe="published"),
-            "4663244735a7f4f9f0fe35c76c1851ceb07c73b21fec0b68b4573c4abb383b85",
+            "5664b0198eae2054e310b35f559918db85404f47a7335fab920ae617ef44f36d",
         ),
         (
             DfmpcPlan(name="p", method="dfmpc"),
-            "b13037f6fbc5d0dc401839fa4269902bbf2285015b0a713fcee9c28c064c5298",
+            "69b498153345a6df872ef5111b9eac22721a50ad81c48b02db46dee36425b913",
         ),
         (
             OmsePlan(name="p", method="omse", bits=4),
-            "89a0073e8ea6a1c7b10cdae6b31d5d967c91d0b152c8a1aafb2cbd506c8a486b",
+            "dd0f0fa8a01cf692f7daeeefcd37a7dcf36b6625c66cc0d8bdb78c5d6d95f3e2",
         ),
     ],
     ids=["rtn", "published", "auto", "neighbour"],

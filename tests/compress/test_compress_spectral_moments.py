@@ -246,7 +246,20 @@ def test_every_field_is_freed_in_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "strides"), [((8, 8), (2, 2)), ((4, 4), (2, 2)), ((8, 4), (4, 2)), ((4, 4), (4, 1)), ((2, 2), (2, 2))]
+    ("sides", "strides"),
+    [
+        ((8, 8), (2, 2)),
+        ((4, 4), (2, 2)),
+        ((8, 4), (4, 2)),
+        ((4, 4), (4, 1)),
+        ((2, 2), (2, 2)),
+        # strides that do not divide a side: above the smallest torus, at it, and from three places to it
+        ((16, 16), (3, 3)),
+        ((16, 12), (5, 3)),
+        ((7, 7), (2, 2)),
+        ((5, 3), (2, 2)),
+        ((1, 16), (1, 3)),
+    ],
 )
 def test_decimation_leaves_no_negative_power(sides: tuple[int, int], strides: tuple[int, int]) -> None:
     grid = Torus(*sides)

@@ -100,9 +100,10 @@ class Torus:
     def decimated(self, spectrum: Tensor, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
         """Return torus and spectrum of every ``strides``-th position: the covariance function at every such lag.
 
-        The torus becomes smaller by the strides, but not below SMALLEST (where it was not). Where it would, lags beyond
-        those that this one holds are 0, and the others fall towards them as Bartlett's triangle: a spectrum that no
-        field has (one below 0) would be made of any other that breaks off, and error feedback would find it.
+        The torus becomes smaller by the strides, but not below SMALLEST (where it was not). Where it would, or where a
+        stride does not divide its side, lags that do not fit both tori are 0, and the others fall towards them as
+        Bartlett's triangle: a function that breaks off would have a spectrum that no field has (one below 0), and
+        error feedback would find it.
         """
         small, folds = _folds(self, strides)
         return small, torch.bmm(folds, spectrum.flatten(2)).view(2, -1, *spectrum.shape[2:])
@@ -148,12 +149,10 @@ def _folds(grid: Torus, strides: tuple[int, int]) -> tuple[Torus, Tensor]:
     ]
     small = torus(sides[0], sides[1])
     kept, step = small.signed(small.points), torch.tensor(strides)
-    whole = (torch.tensor([grid.height, grid.width]) // step).clamp_min(1)
-    held = torch.tensor(sides) <= whole
-    edge = torch.tensor([grid.height // 2, grid.width // 2])
-    lags = torch.where(held, (kept * step).clamp(-edge, edge), kept * step)
-    taper = torch.where(held, 1.0, 1 - kept.abs() / whole).clamp_min(0).prod(1)
-    there, back = grid.to_covariance(lags), small.to_spectrum(small.points)
+    large, new = torch.tensor([grid.height, grid.width]), torch.tensor(sides)
+    reach = torch.minimum(large // step, new // 2).clamp_min(1)
+    taper = torch.where(new * step == large, 1.0, 1 - kept.abs() / reach).clamp_min(0).prod(1)
+    there, back = grid.to_covariance(kept * step), small.to_spectrum(small.points)
     pairs = ((back.cosine, there.cosine), (back.sine, there.sine))
     return small, torch.stack([(2 * ((after.double() * taper) @ before.double())).float() for after, before in pairs])
 
