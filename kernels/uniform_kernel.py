@@ -115,6 +115,8 @@ def _uniform_tile(
 ) -> None:
     """One read where the tile holds the segments; else two passes, of which the second finds them in a cache."""
     STEP: tl.constexpr = NC * T * V
+    # several chunks' codes make a word (store_tile); others are stored at once, as codes that wait take registers
+    WAIT: tl.constexpr = V == 1 and T < 8
     here, m_row, count, o_output, o_byte = segments_of(item_ptr, i_tile, DTYPE, ROWS, T, V, ALIGNED)
     factor = here
     if FACTORED:
@@ -176,12 +178,11 @@ def _uniform_tile(
             b_dot += tl.sum(b_some_dot, axis=2)
             b_norm += tl.sum(b_some_norm, axis=2)
             b_count += tl.sum(b_some, axis=2)
-            # as soon as it can be: codes that wait take registers, and 8 bits with zero points spilled
-            if V == 1 and T < 8:
+            if WAIT:
                 codes = codes + (b_code,)
             else:
                 store_tile(packed_ptr, o_byte, (b_code,), m_row, count, first + c * T * V, BITS, ROWS, T, V, 1, ALIGNED)
-        if V == 1 and T < 8:
+        if WAIT:
             store_tile(packed_ptr, o_byte, codes, m_row, count, first, BITS, ROWS, T, V, NC, ALIGNED)
 
     b_squares, b_dots, b_norms, b_counts = tl.reduce((b_square, b_dot, b_norm, b_count), 1, add_four)

@@ -46,7 +46,9 @@ class SyntheticCalibrator(Strict):
     prior: Literal["noise", "leaves", "fractal", "distilled"] = Field(
         "leaves", description="How the images are made: 1/f noise, dead leaves, fractals, or from the BatchNorms."
     )
-    images: int | None = Field(None, ge=8, le=4096, description="How many; default: by the input's size.")
+    images: int | None = Field(
+        None, ge=8, le=4096, description="How many; default: by the sizes of input and widest map."
+    )
     seed: int = Field(0, ge=0, description="Seed of the images and of the positions that are sampled.")
 
 

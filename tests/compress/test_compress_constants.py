@@ -9,7 +9,7 @@ from dfmpc.job.recipes import RECIPES_VERSION
 from dfmpc.models.pairs import PAIRING_VERSION
 
 
-def test_the_constants_of_recipes_version_4() -> None:
+def test_the_constants_of_this_version_of_the_recipes() -> None:
     assert (RECIPES_VERSION, PAIRING_VERSION, PRIORS_VERSION) == (5, 2, 1)
     assert (least_squares.DAMPING, least_squares.ENOUGH) == (0.1, 4)
     assert (patches.SAMPLES, patches.SAMPLES_A_WEIGHT, patches.DEPTHWISE_SAMPLES) == (24_000, 2.5, 6_000)

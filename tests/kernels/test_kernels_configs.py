@@ -13,8 +13,10 @@ pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 from dfmpc.errors import UsageError
 from dfmpc.kernels import Grid, Quantized, table
+from dfmpc.kernels.moments import moments_triton
 from dfmpc.kernels.shapes import Tile, measured_tile, most_registers, spare_registers, tile_for
 from dfmpc.kernels.statistics import row_statistics_reference, row_statistics_triton
+from dfmpc.kernels.sweep import sweep_triton
 from dfmpc.kernels.ternary import ternary_reference, ternary_triton
 from dfmpc.kernels.tuned import Choice, choice_for, choices_for, config_name, read_choices, write_choices
 from dfmpc.kernels.uniform import uniform_reference, uniform_triton
@@ -187,6 +189,22 @@ def test_registers_of_limited_kernels_let_four_or_three_programs_fit() -> None:
     assert [most_registers((tile,)) for tile in (small, medium, large)] == [None, None, None]
     assert most_registers((small, Tile(32, 2, 4, True, loop=True))) == 128
     assert most_registers((small, medium)) is None
+
+
+def test_walks_over_rows_that_are_not_aligned_have_a_limit_of_registers(
+    device: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(project / "scripts")
+    from bench_kernels_launches import catching  # noqa: PLC0415
+
+    limits = []
+    for length in (36, 18):  # rows of float32 that are whole loads of 16 bytes, and that are not
+        weight, vector = torch.randn(4, length, device=device), torch.ones(length, dtype=torch.float64)
+        with catching() as caught:
+            moments_triton(weight, 1, vector, vector, 0.5)
+            sweep_triton(weight, grid=Grid.DOREFA, group_size=length)
+        limits.append([launch.constants.get("maxnreg") for launch in caught.launches])
+    assert limits == [[None, None], [64, 168]]
 
 
 def test_8_bit_codes_with_zero_points_have_more_registers_where_three_programs_would_fit(
